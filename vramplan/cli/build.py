@@ -1,0 +1,190 @@
+"""Flags -> core values. What is wrong with a combination of flags is said here, before anything is written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vramplan.core.types import DataSpec, GpuProfile, Levers, Lora, ModelSpec, RunSpec, Schedule
+from vramplan.errors import InputError
+
+DEFAULT_SEQ_LEN = 2048
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".text", ".md", ".gz", ".zst")
+
+Params = dict[str, Any]
+
+
+def note(text: str) -> None:
+    """One line on stderr, so that stdout stays what it should be."""
+    click.echo(f"note: {text}", err=True)
+
+
+def warn(*texts: str) -> None:
+    """Warnings on stderr, one line each."""
+    for text in texts:
+        click.echo(f"warning: {text}", err=True)
+
+
+def not_yet(params: Params, name: str) -> None:
+    """Refuse a flag of the contract that this version does not have."""
+    if params.get(name):
+        raise InputError(f"--{name.replace('_', '-')} is not in this version")
+
+
+def model_spec(params: Params) -> ModelSpec:
+    """The model named by MODEL. `InputError` if nothing of that name can be read."""
+    from vramplan.sources.hf_config import load_model
+
+    return load_model(params["model"], trust_remote_code=params["trust_remote_code"])
+
+
+def cards(names: tuple[str, ...]) -> list[tuple[GpuProfile, bool]]:
+    """--gpu names -> (card, was it named), each card once; "all" stands for the stored ones, "live" for this one."""
+    from vramplan.sources.profiles import gpu_names
+
+    found: dict[str, tuple[GpuProfile, bool]] = {}
+    for name in sorted(names, key=lambda name: name == "all"):  # named cards first: the first is the chip assumed
+        for key in gpu_names() if name == "all" else (name,):
+            if key not in found:
+                found[key] = (card(key), name != "all")
+    return list(found.values())
+
+
+def card(name: str, index: int = 0) -> GpuProfile:
+    """A stored card by name, or this machine's card for "live"."""
+    from vramplan.sources.profiles import load_gpu
+
+    if name != "live":
+        return load_gpu(name)
+    from vramplan.errors import VramplanError
+    from vramplan.sources.gpu import live_gpu
+
+    try:
+        return live_gpu(index)
+    except VramplanError as error:
+        hint = "--gpu NAME plans for a stored card; vramplan gpus lists them"
+        raise type(error)(error.message, hint) from error
+
+
+def run_spec(params: Params, spec: ModelSpec) -> RunSpec:
+    """The run that the flags describe. `InputError` names the flag that cannot be."""
+    micro, accumulation = batch(params)
+    return RunSpec(
+        model=params["model"],
+        model_path=params["model_path"],
+        micro_batch_size=micro,
+        seq_len=seq_len(params["seq_len"], spec),
+        accumulation=accumulation,
+        lora=Lora(
+            r=params["lora_r"],
+            alpha=params["lora_alpha"],
+            targets=params["lora_targets"],
+            dropout=params["lora_dropout"],
+        ),
+        double_quant=params["double_quant"],
+        recipe=params["recipe"],
+        levers=levers(params),
+        padding=params["padding"],
+        trust_remote_code=params["trust_remote_code"],
+    )
+
+
+def seq_len(asked: int | None, spec: ModelSpec) -> int:
+    """The sequence length, held against the model's limit."""
+    limit = spec.max_position_embeddings
+    if asked is None:
+        if limit < DEFAULT_SEQ_LEN:
+            note(f"--seq-len is {limit}, the limit of {spec.name}")
+        return min(DEFAULT_SEQ_LEN, limit)
+    if asked > limit:
+        raise InputError(
+            f"--seq-len {asked} is over the {limit} positions of {spec.name}",
+            "to go further, pass a copy of its config.json with rope scaling and a larger max_position_embeddings",
+        )
+    return asked
+
+
+def batch(params: Params) -> tuple[int, int]:
+    """Micro-batch and accumulation, from any two of them and the effective batch."""
+    micro, accumulation = params.get("batch_size"), params.get("accumulation")
+    effective = params.get("effective_batch_size")
+    if effective is None:
+        return micro or 1, accumulation or 1
+    if micro is None and accumulation is not None:
+        micro = effective // accumulation
+    micro = micro or 1
+    accumulation = effective // micro if accumulation is None else accumulation
+    if micro * accumulation != effective:
+        raise InputError(
+            f"--effective-batch-size {effective} is not {micro} x {accumulation} (--batch-size x --accumulation)",
+            "give two of the three, with a whole quotient",
+        )
+    return micro, accumulation
+
+
+def levers(params: Params) -> Levers:
+    """The recipe's levers, with those that were given on the command line in their place."""
+    from vramplan.core.recipes import RECIPES
+
+    given: dict[str, Any] = {
+        "upcast": params.get("upcast"),
+        "loss": params.get("loss"),
+        "checkpointing": checkpointing(params),
+        "checkpoint_offload": params.get("checkpoint_offload"),
+        "optimizer": params.get("optim"),
+        "attention": params.get("attn"),
+        "allocator": params.get("allocator"),
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    chosen = replace(RECIPES[params["recipe"]], **changes)
+    if chosen.checkpoint_offload and chosen.checkpointing == "none":
+        raise InputError("--checkpoint-offload needs checkpoints", "leave out --checkpointing none, or do not offload")
+    return chosen
+
+
+def checkpointing(params: Params) -> str | None:
+    """--checkpointing and its Hugging Face spelling, which must not contradict each other."""
+    ours, theirs = params.get("checkpointing"), params.get("gradient_checkpointing")
+    if theirs is None or ours is None:
+        return ours if theirs is None else ("all" if theirs else "none")
+    if theirs == (ours == "none"):
+        flag = "--gradient-checkpointing" if theirs else "--no-gradient-checkpointing"
+        raise InputError(f"--checkpointing {ours} contradicts {flag}", "give one of the two")
+    return str(ours)
+
+
+def data_spec(params: Params) -> DataSpec:
+    """--data and what belongs to it. A file must exist and hold something; what is no file is a data set's name."""
+    path = params["data"]
+    if not path:
+        raise InputError("--data is missing", "--data FILE (JSONL, Parquet, CSV or text) or a data set's name")
+    file = Path(path).expanduser()
+    if file.is_file() and file.stat().st_size == 0:
+        raise InputError(f"--data {path} is empty")
+    if not file.exists() and (file.suffix.lower() in DATA_SUFFIXES or path.startswith((".", "/", "~"))):
+        raise InputError(f"--data {path} does not exist")
+    return DataSpec(
+        path=str(file.resolve()) if file.exists() else path,
+        kind=params["data_kind"],
+        split=params["split"],
+        text_column=params["text_column"],
+        eval_fraction=params["eval_fraction"],
+        on_bad_row=params["on_bad_row"],
+    )
+
+
+def schedule(params: Params) -> Schedule:
+    """The schedule flags."""
+    return Schedule(**{name: params[name] for name in Schedule.__dataclass_fields__})
+
+
+def given(ctx: click.Context, names: tuple[str, ...]) -> list[str]:
+    """Which of these parameters were written on the command line, as flags."""
+    from vramplan.cli.options import flag_of
+
+    source = click.core.ParameterSource.COMMANDLINE
+    return [flag_of(param) for param in ctx.command.params
+            if param.name in names and ctx.get_parameter_source(param.name) == source]  # fmt: skip

@@ -1,0 +1,40 @@
+"""`vramplan check`: does it fit what is free on this machine's card now?"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from vramplan.cli import build, options
+from vramplan.cli.output import print_json
+from vramplan.errors import DOES_NOT_FIT, OK
+
+
+@click.command("check", cls=options.SectionCommand, epilog="Example: vramplan check llama-2-7b --batch-size 2")
+@click.argument("model", required=False)
+@options.use(options.BATCH, options.RUN, options.LORA, options.LEVERS, options.GPU_INDEX, options.OUTPUT)
+def command(**params: Any) -> int:
+    """Show what is free on this machine's card, and whether fine-tuning MODEL fits it now."""
+    from vramplan.sources.gpu import live_gpu
+
+    spec = build.model_spec(params) if params["model"] else None
+    run = build.run_spec(params, spec) if spec else None
+    card = live_gpu(params["gpu_index"])
+    ledger = verdict = None
+    if spec is not None and run is not None:
+        from vramplan.core.ledger import estimate
+        from vramplan.core.plan import capacity
+
+        ledger, verdict = estimate(spec, run, card), capacity(spec, run, card)
+        build.warn(*ledger.warnings)
+    if params["as_json"]:
+        from vramplan.report.payload import check_payload
+
+        print_json(check_payload(card, ledger, verdict))
+    else:
+        from vramplan.report.check import show_check
+
+        show_check(sys.stdout, card, ledger, verdict, width=params["width"])
+    return DOES_NOT_FIT if verdict is not None and verdict.verdict == "does_not_fit" else OK

@@ -1,0 +1,269 @@
+"""The flags, each defined once, in sections that the commands share; and what a value on the command line may be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import click
+
+from vramplan.core.types import ALLOCATORS, ATTENTIONS, LOSSES, OPTIMIZERS, UPCASTS
+from vramplan.errors import InputError
+
+if TYPE_CHECKING:
+    ParamType: TypeAlias = click.ParamType[Any]
+else:
+    ParamType = click.ParamType  # not generic before click 8.4
+
+F = TypeVar("F", bound=Callable[..., Any])
+Section = Sequence[Callable[[Any], Any]]
+
+MANY = 1_000_000  # no sensible count is larger; keeps the arithmetic fast and typing errors out
+
+
+def flag_of(param: click.Parameter | None) -> str:
+    """The flag as the user knows it: "--batch-size", or "MODEL" for an argument."""
+    if isinstance(param, click.Option):
+        return next((name for name in param.opts if name.startswith("--")), param.opts[0])
+    return param.human_readable_name if param is not None else "value"
+
+
+class Whole(ParamType):
+    """A whole number from `low` to `high`."""
+
+    name = "N"
+
+    def __init__(self, low: int = 1, high: int = MANY) -> None:
+        self.low, self.high = low, high
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            number = None
+        if number is None or not self.low <= number <= self.high:
+            raise InputError(f"{flag_of(param)} must be a whole number from {self.low} to {self.high}, not {value}")
+        return number
+
+
+class Number(ParamType):
+    """A finite number from `low` to `high`; the bound itself is left out where it is `open`."""
+
+    name = "X"
+
+    def __init__(self, low: float, high: float, *, low_open: bool = False, high_open: bool = False) -> None:
+        self.low, self.high, self.low_open, self.high_open = low, high, low_open, high_open
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        below = number <= self.low if self.low_open else number < self.low
+        above = number >= self.high if self.high_open else number > self.high
+        if math.isnan(number) or below or above:
+            raise InputError(f"{flag_of(param)} must be {self._range()}, not {value}")
+        return number
+
+    def _range(self) -> str:
+        low = f"above {self.low:g}" if self.low_open else f"at least {self.low:g}"
+        high = f"below {self.high:g}" if self.high_open else f"at most {self.high:g}"
+        return f"a number {low} and {high}"
+
+
+class OneOf(ParamType):
+    """One of some names, with the nearest one suggested; `aliases` are other libraries' spellings."""
+
+    def __init__(self, names: Sequence[str], what: str, aliases: dict[str, str] | None = None) -> None:
+        self.names, self.name, self.aliases = tuple(names), what, aliases or {}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        name = self.aliases.get(value, value)
+        if name not in self.names:
+            from vramplan.sources.profiles import suggest
+
+            hint = suggest(str(value), self.names) or f"one of {', '.join(self.names)}"
+            raise InputError(f"{flag_of(param)} has no {self.name} {value!r}", hint)
+        return str(name)
+
+
+class Checkpointing(ParamType):
+    """none, all or every-K."""
+
+    name = "none|all|every-K"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        head, _, count = str(value).partition("every-")
+        if value in ("none", "all"):
+            return str(value)
+        if not head and count.isdecimal() and 1 <= int(count) <= MANY:
+            return "all" if int(count) == 1 else f"every-{int(count)}"
+        raise InputError(f"{flag_of(param)} must be none, all or every-K with K from 1, not {value}")
+
+
+class Targets(ParamType):
+    """PEFT's target_modules: "all-linear" or module names with commas."""
+
+    name = "all-linear|a,b,c"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = tuple(dict.fromkeys(name.strip() for name in str(value).split(",")))
+        if "" in names or ("all-linear" in names and len(names) > 1):
+            raise InputError(f"{flag_of(param)} must be all-linear or names with commas, not {value!r}")
+        return names
+
+
+class SectionOption(click.Option):
+    """An option that knows under which heading of --help it stands."""
+
+    def __init__(self, *args: Any, section: str = "Options", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.section = section
+
+
+class SectionCommand(click.Command):
+    """A command whose --help groups the options by section."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                sections.setdefault(getattr(param, "section", "Output"), []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def use(*sections: Section) -> Callable[[F], F]:
+    """Apply the options of these sections, in reading order."""
+
+    def decorate(function: F) -> F:
+        for option in reversed([option for section in sections for option in section]):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def _in(section: str) -> Callable[..., Callable[[Any], Any]]:
+    def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
+        return click.option(*names, cls=SectionOption, section=section, **settings)
+
+    return option
+
+
+_run, _lora, _lever = _in("Run"), _in("LoRA"), _in("Levers, each overriding the recipe")
+_card, _data, _sched, _out = _in("Card"), _in("Data"), _in("Schedule"), _in("Output")
+
+OPTIMIZER_ALIASES = {
+    "adamw_bnb_8bit": "adamw_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_lion": "paged_lion_32bit",
+}
+
+RUN: Section = (
+    _run("--seq-len", type=Whole(), help="Tokens per sequence.  [default: 2048, or the model's limit]"),
+    _run("--recipe", type=click.Choice(("lean", "peft")), default="lean", show_default=True,
+         help="lean: ours. peft: the tutorials' stock run."),
+    _run("--double-quant/--no-double-quant", default=True, show_default=True, help="Quantise the constants too."),
+    _run("--padding/--no-padding", default=False, show_default=True, help="Batches hold padding (attention mask)."),
+    _run("--model-path", metavar="PATH", help="Where the weights are, when not at MODEL: folder, Hub id, GGUF file."),
+    _run("--trust-remote-code", is_flag=True, help="Let the model's repository run its own code."),
+)  # fmt: skip
+
+BATCH: Section = (
+    _run("--batch-size", "--per-device-train-batch-size", "batch_size", type=Whole(),
+         help="Micro-batch.  [default: 1]"),
+    _run("--accumulation", "--gradient-accumulation-steps", "accumulation", type=Whole(),
+         help="Micro-batches per optimizer step.  [default: 1]"),
+)  # fmt: skip
+
+LORA: Section = (
+    _lora("--lora-r", type=Whole(1, 65536), default=16, show_default=True, help="Rank."),
+    _lora("--lora-alpha", type=Whole(), default=32, show_default=True, help="Scale is alpha / rank."),
+    _lora("--lora-targets", type=Targets(), default="all-linear", show_default=True, help="target_modules of PEFT."),
+    _lora("--lora-dropout", type=Number(0, 1, high_open=True), default=0.0, show_default=True, metavar="P",
+          help="Any value above 0 costs memory."),
+)  # fmt: skip
+
+LEVERS: Section = (
+    _lever("--upcast", type=click.Choice(UPCASTS), help="Which unquantised parameters become float32."),
+    _lever("--loss", type=click.Choice(LOSSES), help="Full logits, or fused with the head."),
+    _lever("--checkpointing", type=Checkpointing(), help="Which layers are checkpointed."),
+    _lever("--gradient-checkpointing/--no-gradient-checkpointing", default=None, help="The same as all or none."),
+    _lever("--checkpoint-offload/--no-checkpoint-offload", default=None, help="Keep checkpoints in host memory."),
+    _lever("--optim", type=OneOf(OPTIMIZERS, "optimizer", OPTIMIZER_ALIASES), metavar="NAME",
+           help="Optimizer, by its transformers name."),
+    _lever("--attn", type=click.Choice(ATTENTIONS), help="Attention implementation."),
+    _lever("--allocator", type=click.Choice(ALLOCATORS), help="PyTorch's allocator, expandable segments or not."),
+)  # fmt: skip
+
+GPUS: Section = (
+    _card("--gpu", "gpu", multiple=True, metavar="NAME|all|live", help="Judge these cards; may be repeated."),
+)
+
+ONE_GPU: Section = (_card("--gpu", metavar="NAME|live", default="live", show_default=True, help="Plan for this card."),)
+
+GPU_INDEX: Section = (
+    _card("--gpu-index", type=Whole(0, 1023), default=0, show_default=True, help="Which of this machine's cards."),
+)
+
+DATA: Section = (
+    _data("--data", metavar="FILE|DATASET", help="JSONL, Parquet, CSV or text file, or a data set's name."),
+    _data("--data-kind", type=click.Choice(("auto", "messages", "prompt_completion", "text")), default="auto",
+          show_default=True, help="What a row holds."),
+    _data("--text-column", default="text", show_default=True, metavar="NAME", help="Column of plain text."),
+    _data("--split", default="train", show_default=True, metavar="NAME", help="Split of the data set."),
+    _data("--eval-fraction", type=Number(0, 1, high_open=True), default=0.0, show_default=True,
+          help="Share of rows held out to measure the loss."),
+    _data("--on-bad-row", type=click.Choice(("fail", "skip")), default="fail", show_default=True,
+          help="What a row that cannot be used does."),
+)  # fmt: skip
+
+SCHEDULE: Section = (
+    _sched("--max-steps", type=Whole(1, 10**9), help="Optimizer steps; overrides epochs."),
+    _sched("--num-train-epochs", type=Number(0, 10**6, low_open=True), default=1.0, show_default=True, help="Epochs."),
+    _sched("--learning-rate", type=Number(0, 100, low_open=True), default=2e-4, show_default=True, help="Peak rate."),
+    _sched("--lr-scheduler-type", default="cosine", show_default=True, metavar="NAME",
+           type=OneOf(("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt",
+                       "cosine_with_restarts"), "schedule"), help="As in transformers."),
+    _sched("--warmup-ratio", type=Number(0, 1), default=0.03, show_default=True, help="Share of steps."),
+    _sched("--weight-decay", type=Number(0, 100), default=0.0, show_default=True, help="Of the optimizer."),
+    _sched("--max-grad-norm", type=Number(0, 10**6), default=1.0, show_default=True, help="Clip gradients; 0: do not."),
+    _sched("--logging-steps", type=Whole(), default=1, show_default=True, help="Steps between reports."),
+    _sched("--save-steps", type=Whole(1, 10**9), default=200, show_default=True, help="Steps between checkpoints."),
+    _sched("--seed", type=Whole(0, 2**32 - 1), default=42, show_default=True, help="Of data order and adapter."),
+)  # fmt: skip
+
+OUTPUT: Section = (
+    _out("--json", "as_json", is_flag=True, help="Print JSON alone on stdout."),
+    _out("--width", type=Whole(40, 1000), hidden=True),
+)
+
+TRACE: Section = (
+    _out("--trace", is_flag=True, help="Trace the real model instead of describing it (not in this version)."),
+)
+
+FIT: Section = (
+    _run("--effective-batch-size", type=Whole(), required=True, help="Micro-batch x accumulation, exactly."),
+    _run("--objective", type=click.Choice(("speed", "memory", "context")), default="speed", show_default=True,
+         help="What to make the most of."),
+    _run("--probe", is_flag=True, help="Try the plan on the card first (not in this version)."),
+    _out("-o", "--output", metavar="FILE", help="Write the plan, for vramplan train."),
+)  # fmt: skip
+
+TRAIN: Section = (
+    _run("--effective-batch-size", type=Whole(), help="Micro-batch x accumulation, exactly."),
+    _run("--random-weights", is_flag=True, help="Build the model from its config alone: memory and speed only."),
+    _run("--force", is_flag=True, help="Start although the prediction does not fit this machine's card."),
+    _out("-o", "--output", metavar="RUN_DIR", help="Run folder.  [default: runs/MODEL-TIME]"),
+    _out("--resume", is_flag=True, help="Go on from the last checkpoint in RUN_DIR."),
+)
+
+QUICKSTART: Section = (
+    _out("-o", "--output", metavar="DIR", default="./vramplan-quickstart", show_default=True, help="Where to put it."),
+)

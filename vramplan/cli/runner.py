@@ -1,0 +1,85 @@
+"""Starting a run, watching it, and saying what came of it: what `train` and `quickstart` share."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from vramplan.cli import build, error_line
+from vramplan.cli.output import print_json
+from vramplan.core.types import Ledger, Plan, RunSpec
+from vramplan.errors import BAD_INPUT, DOES_NOT_FIT, ENDED_IN_OOM, OK, OUR_ERROR, MissingExtra
+
+EXTRA_MODULES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "datasets", "safetensors")
+KNOWN_EXITS = (OK, OUR_ERROR, BAD_INPUT, DOES_NOT_FIT, ENDED_IN_OOM, 130)
+
+
+def require_extra(what: str) -> None:
+    """`MissingExtra` unless every library of the train extra is installed. Looks, without importing any."""
+    from importlib.util import find_spec
+
+    if any(find_spec(name) is None for name in EXTRA_MODULES):
+        raise MissingExtra(what)
+
+
+def run_training(
+    run_dir: Path,
+    run: RunSpec,
+    plan: Plan | None,
+    ledger: Ledger,
+    *,
+    resume: bool = False,
+    as_json: bool = False,
+    width: int | None = None,
+) -> int:
+    """Prepare the run folder, run the child with a live display, report. Returns the exit code of the contract."""
+    from vramplan.launch import launch, prepare_run_dir
+    from vramplan.report.live import make_display
+
+    prepare_run_dir(run_dir, run, plan, resume=resume)
+    if not as_json:
+        from vramplan.report.train import show_start
+
+        show_start(sys.stdout, ledger, f"Run folder: {run_dir}", width=width)
+    with make_display(sys.stderr, ledger.peak.allocated_bytes, width=width) as display:
+        outcome = launch(run_dir, resume=resume, on_event=display.on_event)
+    code = outcome.exit_code if outcome.exit_code in KNOWN_EXITS else OUR_ERROR
+    if as_json:
+        from vramplan.report.payload import train_payload
+
+        payload = train_payload(str(run_dir), outcome.ended, code, ledger, outcome.measurement, outcome.message)
+        print_json(payload)
+    elif outcome.measurement is not None and outcome.measurement.steps:
+        from vramplan.report.train import show_result
+
+        adapter = run_dir / "adapter"
+        where = str(adapter) if adapter.is_dir() else "none was written"
+        show_result(sys.stdout, ledger, outcome.measurement, where, width=width)
+    if code != OK:
+        _say_why(run_dir, ledger, code, outcome.message, outcome.hint)
+    return code
+
+
+def _say_why(run_dir: Path, ledger: Ledger, code: int, message: str, hint: str) -> None:
+    click.echo(error_line(message or f"the training process ended with {code}", hint), err=True)
+    if code == ENDED_IN_OOM:
+        for text in oom_lines(ledger):
+            build.note(text)
+        effective = ledger.run.micro_batch_size * ledger.run.accumulation
+        build.note(f"a plan for this card: vramplan fit {ledger.run.model} --effective-batch-size {effective}")
+    build.note(f"log: {run_dir / 'log.txt'}")
+
+
+def oom_lines(ledger: Ledger, count: int = 4) -> list[str]:
+    """What the ledger says after an out-of-memory end: the need, and the largest lines."""
+    from vramplan.core.units import human
+
+    peak = ledger.peak
+    largest = sorted(ledger.lines, key=lambda line: -line.bytes)[:count]
+    names = ", ".join(f"{line.label or line.key} {human(line.bytes)}" for line in largest)
+    return [
+        f"predicted {human(peak.device_bytes)} on the device, {human(peak.allocated_bytes)} allocated in {peak.phase}",
+        f"largest lines: {names}",
+    ]

@@ -1,0 +1,141 @@
+"""`vramplan train`: run it, and print what it used beside the prediction."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vramplan.cli import build, options, runner
+from vramplan.core.types import Ledger, ModelSpec, Plan, RunSpec, Schedule
+from vramplan.errors import DoesNotFit, InputError, VramplanError
+
+SHAPING = (  # what a plan has settled
+    "batch_size", "accumulation", "effective_batch_size", "seq_len", "recipe", "double_quant", "padding", "lora_r",
+    "lora_alpha", "lora_targets", "lora_dropout", "upcast", "loss", "checkpointing", "gradient_checkpointing",
+    "checkpoint_offload", "optim", "attn", "allocator",
+)  # fmt: skip
+
+
+EXAMPLE = "Example: vramplan train plan.json --data conversations.jsonl -o runs/first"
+
+
+@click.command("train", cls=options.SectionCommand, epilog=EXAMPLE)
+@click.argument("model", required=False, metavar="MODEL|plan.json")
+@options.use(options.DATA, options.TRAIN, options.SCHEDULE, options.BATCH, options.RUN, options.LORA, options.LEVERS,
+             options.OUTPUT)  # fmt: skip
+@click.pass_context
+def command(ctx: click.Context, /, **params: Any) -> int:
+    """Fine-tune MODEL, or carry out a plan that `vramplan fit -o` wrote."""
+    runner.require_extra("vramplan train")
+    run_dir, run, plan = _what(ctx, params)
+    ledger = _price(run, plan, force=params["force"])
+    build.warn(*ledger.warnings)
+    return runner.run_training(
+        run_dir, run, plan, ledger, resume=params["resume"], as_json=params["as_json"], width=params["width"]
+    )
+
+
+def _what(ctx: click.Context, params: build.Params) -> tuple[Path, RunSpec, Plan | None]:
+    """The run folder, the run and the plan behind it, from the three ways to say them."""
+    from vramplan.sources import records
+
+    model, output = params["model"], params["output"]
+    folder = Path(output) if output else Path(model) if model and params["resume"] else None
+    if params["resume"] and folder is None:
+        raise InputError("--resume needs the run folder", "vramplan train --resume -o RUN_DIR")
+    if params["resume"] and folder is not None and (model is None or Path(model) == folder):
+        if not (folder / "run.json").is_file():
+            raise InputError(f"{folder} is not a run folder: it holds no run.json")
+        _refuse(ctx, (*SHAPING, *_schedule_names()), "cannot change when a run is resumed")
+        stored = folder / "plan.json"
+        plan = records.read_json(stored, Plan) if stored.is_file() else None
+        return folder, records.read_json(folder / "run.json", RunSpec), plan
+    if model is None:
+        raise InputError("MODEL is missing", "vramplan models lists the built-in ones")
+    if is_plan(model):
+        _refuse(ctx, SHAPING, f"is settled by {model}")
+        plan = records.read_json(model, Plan)
+        run = _with_data(plan.run, params)
+    else:
+        plan, run = None, _with_data(build.run_spec(params, build.model_spec(params)), params)
+    return folder or default_folder(run.model), run, plan
+
+
+def _refuse(ctx: click.Context, names: tuple[str, ...], why: str) -> None:
+    flags = build.given(ctx, names)
+    if flags:
+        raise InputError(f"{flags[0]} {why}")
+
+
+def _schedule_names() -> tuple[str, ...]:
+    return tuple(Schedule.__dataclass_fields__)
+
+
+def is_plan(path: str) -> bool:
+    """True for a JSON file that is a record of ours rather than a model's config.json."""
+    if not path.endswith(".json") or not Path(path).is_file():
+        return False
+    from vramplan.sources.records import parse_json, read_text
+
+    data = parse_json(read_text(path), path)
+    return isinstance(data, dict) and "schema_version" in data
+
+
+def _with_data(run: RunSpec, params: build.Params) -> RunSpec:
+    random = params["random_weights"]
+    return replace(
+        run,
+        model_path=params["model_path"] or run.model_path or (None if random else weights_of(run.model)),
+        random_weights=random,
+        data=build.data_spec(params),
+        schedule=build.schedule(params),
+    )
+
+
+def weights_of(model: str) -> str | None:
+    """Where the weights of MODEL are: the Hub id of a built-in name, the folder of a path; None: MODEL itself."""
+    from vramplan.sources.profiles import model_names, model_profile
+
+    path = Path(model)
+    if path.exists():
+        return str((path if path.is_dir() else path.parent).resolve())
+    return str(model_profile(model).get("hub_id") or model) if model in model_names() else None
+
+
+def default_folder(model: str) -> Path:
+    """A new folder under runs/, named after the model and the time."""
+    from time import strftime
+
+    name = "".join(char if char.isalnum() or char in "-_." else "-" for char in Path(model).name) or "run"
+    return Path("runs") / f"{name}-{strftime('%Y%m%d-%H%M%S')}"
+
+
+def _price(run: RunSpec, plan: Plan | None, *, force: bool) -> Ledger:
+    """The prediction, held against this machine's card if there is one. `DoesNotFit` unless forced."""
+    from vramplan.core.ledger import estimate
+    from vramplan.core.plan import judge
+    from vramplan.core.units import human
+    from vramplan.sources.gpu import live_gpu
+
+    try:
+        card = live_gpu(0)
+    except VramplanError as error:
+        build.note(f"{error.message}: training on the CPU, where GPU memory cannot be measured")
+        card = None
+    ledger = plan.ledger if plan is not None else estimate(_spec(run), run, card)
+    if card is not None and judge(ledger, card) == "does_not_fit":
+        need, usable = human(ledger.peak.device_bytes), human(card.usable_bytes)
+        text = f"this run needs {need}, {card.name} has {usable} usable now"
+        if not force:
+            raise DoesNotFit(text, "vramplan fit plans for this card; --force tries anyway")
+        build.warn(text)
+    return ledger
+
+
+def _spec(run: RunSpec) -> ModelSpec:
+    from vramplan.sources.hf_config import load_model
+
+    return load_model(run.model, trust_remote_code=run.trust_remote_code)

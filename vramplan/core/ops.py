@@ -1,0 +1,340 @@
+"""The operations a decoder block is made of: what each allocates, saves for backward and passes back.
+
+Every function plays one call of torch, transformers, PEFT or bitsandbytes as it runs on CUDA under bf16 autocast, in
+the order of its kernels. Sources: derivatives.yaml and ATen of torch 2.13, bitsandbytes 0.50.2 autograd/_functions.py
+and backends/cuda/ops.py, peft 0.21 tuners/lora/bnb.py. Python variables have the names and lifetimes of the originals:
+a local that keeps a tensor alive there keeps it alive here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .tape import Node, Tape, Tensor
+
+Grads = Sequence[Tensor | None]
+BF16, FP32 = "bfloat16", "float32"
+
+
+def wider(a: str, b: str) -> str:
+    return FP32 if FP32 in (a, b) else a
+
+
+# ------------------------------------------------------------------------------------------------- elementwise
+def cast(tape: Tape, x: Tensor, dtype: str, name: str = "cast") -> Tensor:
+    """`x.to(dtype)`: a copy, or x itself."""
+    if x.dtype == dtype:
+        return x
+    source = x.dtype
+    node = None
+    if x.node is not None:
+        node = Node(tape, (x,), lambda g, n: (cast_data(tape, _first(g), source, "gradient cast"),))
+    out = tape.new(name, x.rows, x.columns, dtype)
+    out.node = node
+    return out
+
+
+def cast_data(tape: Tape, x: Tensor, dtype: str, name: str) -> Tensor:
+    """A cast outside the graph."""
+    return x if x.dtype == dtype else tape.new(name, x.rows, x.columns, dtype)
+
+
+def _first(grads: Grads) -> Tensor:
+    grad = grads[0]
+    assert grad is not None
+    return grad
+
+
+def unary(tape: Tape, x: Tensor, name: str, *, saves: str = "none", columns: int | None = None) -> Tensor:
+    """neg, silu, mul by a number, ...: `saves` is "input", "result" or "none"; `columns` for reductions such as mean."""
+    node = None
+    if x.node is not None:
+        rows, wide = x.rows, x.columns
+
+        def backward(g: Grads, n: Node) -> Grads:
+            grad = _first(g)
+            saved = n.take(0) if saves != "none" else None
+            result = tape.new("gradient of " + name, rows, wide, grad.dtype)
+            del saved
+            return (result,)
+
+        node = Node(tape, (x,), backward, (x,) if saves == "input" else ())
+    out = tape.new(name, x.rows, x.columns if columns is None else columns, x.dtype)
+    if node is not None:
+        if saves == "result":
+            node.save(tape, out)
+        out.node = node
+    return out
+
+
+def square(tape: Tape, x: Tensor) -> Tensor:
+    """`x.pow(2)`; backward is `grad * (2 * x.pow(1))`, three full tensors at once."""
+    node = None
+    if x.node is not None:
+        rows, columns = x.rows, x.columns
+
+        def backward(g: Grads, n: Node) -> Grads:
+            held = n.take(0)
+            power = tape.new("x.pow(1)", rows, columns, FP32)
+            twice = tape.new("2 * x", rows, columns, FP32)
+            grad = tape.new("gradient of square", rows, columns, FP32)
+            del power, twice, held
+            return (grad,)
+
+        node = Node(tape, (x,), backward, (x,))
+    out = tape.new("square", x.rows, x.columns, x.dtype)
+    out.node = node
+    return out
+
+
+def mean_last(tape: Tape, x: Tensor) -> Tensor:
+    """`x.mean(-1, keepdim=True)`; its backward expands (a view) and divides (a full tensor)."""
+    return unary(tape, x, "mean", columns=1)
+
+
+def add(tape: Tape, a: Tensor, b: Tensor, name: str = "sum") -> Tensor:
+    """`a + b`; both get the same gradient."""
+    node = None
+    if a.node is not None or b.node is not None:
+        node = Node(tape, (a, b), lambda g, n: (_first(g).detach(), _first(g).detach()))
+    out = tape.new(name, a.rows, a.columns, wider(a.dtype, b.dtype))
+    out.node = node
+    return out
+
+
+def mul(tape: Tape, a: Tensor, b: Tensor, name: str = "product", dtype: str | None = None) -> Tensor:
+    """`a * b`; b may be smaller (broadcast). Saves what the other's gradient needs."""
+    result = dtype or wider(a.dtype, b.dtype)
+    node = None
+    if a.node is not None or b.node is not None:
+        rows, columns = a.rows, a.columns
+        saved = ([b] if a.node is not None else []) + ([a] if b.node is not None else [])
+        count = len(saved)
+
+        def backward(g: Grads, n: Node) -> Grads:
+            held = [n.take(i) for i in range(count)]
+            dtype = _first(g).dtype
+            out = [tape.new("gradient of " + name, rows, columns, dtype) if n.needs(i) else None for i in (0, 1)]
+            del held
+            return out
+
+        node = Node(tape, (a, b), backward, saved)
+    out = tape.new(name, a.rows, a.columns, result)
+    out.node = node
+    return out
+
+
+def dropout(tape: Tape, x: Tensor, p: float) -> Tensor:
+    """`native_dropout`: a copy and a bool mask; the mask is saved."""
+    if p == 0:
+        return x
+    node = None
+    if x.node is not None:
+        rows, columns = x.rows, x.columns
+
+        def backward(g: Grads, n: Node) -> Grads:
+            mask = n.take(0)
+            grad = tape.new("gradient of dropout", rows, columns, _first(g).dtype)
+            del mask
+            return (grad,)
+
+        node = Node(tape, (x,), backward)
+    out = tape.new("dropout", x.rows, x.columns, x.dtype)
+    mask = tape.new("dropout mask", x.rows, x.columns, "bool")
+    if node is not None:
+        node.save(tape, mask)
+        out.node = node
+    return out
+
+
+# -------------------------------------------------------------------------------------------------------- linear
+def linear(tape: Tape, x: Tensor, weight: Tensor, name: str, bias: bool = False) -> Tensor:
+    """`F.linear` under bf16 autocast with a weight [out, in] that is frozen (no node) or trainable.
+
+    A float32 input or weight is copied to bf16 first; autocast keeps the copies of trainable weights until it ends.
+    """
+    x = cast(tape, x, BF16, name + " input in bf16")
+    w = _autocast_weight(tape, weight, name)
+    node = None
+    if x.node is not None or w.node is not None:
+        rows, n_in, n_out = x.rows, x.columns, w.rows
+        saved = ([w] if x.node is not None else []) + ([x] if w.node is not None else [])
+        count = len(saved)
+
+        def backward(g: Grads, n: Node) -> Grads:
+            held = [n.take(i) for i in range(count)]
+            out: list[Tensor | None] = [None, None]
+            if n.needs(0):
+                out[0] = tape.new(f"gradient of {name} input", rows, n_in, BF16)
+            tape.product()
+            if n.needs(1):
+                out[1] = tape.new(f"gradient of {name} weight", n_out, n_in, BF16)
+            del held
+            return out
+
+        node = Node(tape, (x, w), backward, saved)
+    out = tape.new(name, x.rows, w.rows, BF16)
+    tape.product()
+    out.node = node
+    return out
+
+
+def _autocast_weight(tape: Tape, weight: Tensor, name: str) -> Tensor:
+    if weight.dtype == BF16:
+        return weight
+    trainable = weight.node is not None and tape.cast_cache is not None
+    if trainable and tape.cast_cache is not None and id(weight) in tape.cast_cache:
+        return tape.cast_cache[id(weight)]
+    key, tape.rec.scope = tape.rec.scope, "adapter.casts" if trainable else tape.rec.scope
+    copy = cast(tape, weight, BF16, name + " weight in bf16")
+    tape.rec.scope = key
+    if trainable and tape.cast_cache is not None:
+        tape.cast_cache[id(weight)] = copy
+    return copy
+
+
+def dequantised(tape: Tape, n_out: int, n_in: int, double_quant: bool, name: str, forward: bool) -> list[Tensor]:
+    """A 4-bit weight in bf16 and the float32 absmax made on the way (bitsandbytes `dequantize_4bit`)."""
+    key = "workspace.dequantised"
+    held = []
+    if double_quant:
+        blocks = -(-n_out * n_in // 64)
+        absmax = tape.new(name + " absmax in fp32", 1, blocks, FP32, key)
+        if forward:  # the fallback of gemm_4bit adds the offset out of place, dequantize_4bit in place
+            absmax = tape.new(name + " absmax in fp32", 1, blocks, FP32, key)
+        held.append(absmax)
+    held.append(tape.new(name + " dequantised", n_out, n_in, BF16, key))
+    return held
+
+
+def linear4bit(
+    tape: Tape, x: Tensor, n_out: int, *, name: str, double_quant: bool, fused: bool, bias: bool = False
+) -> Tensor:
+    """bitsandbytes `Linear4bit.forward` with compute dtype bf16: cast, `MatMul4Bit`, cast back.
+
+    The forward dequantises unless the fused kernel is chosen; the backward always does. No activation is saved.
+    """
+    inp_dtype = x.dtype
+    n_in = x.columns
+    x = cast(tape, x, BF16, name + " input in bf16")
+    node = None
+    if x.node is not None:
+        rows = x.rows
+
+        def backward(g: Grads, n: Node) -> Grads:
+            weight = dequantised(tape, n_out, n_in, double_quant, name, forward=False)
+            if len(weight) > 1:
+                del weight[0]  # dequantize_4bit returns: its absmax dies before the product
+            grad = tape.new(f"gradient of {name} input", rows, n_in, BF16)
+            tape.product()
+            return (grad,)
+
+        node = Node(tape, (x,), backward)
+    weight = None if fused else dequantised(tape, n_out, n_in, double_quant, name, forward=True)
+    out = tape.new(name, x.rows, n_out, BF16)
+    if not fused:
+        tape.product(bias)
+    del weight
+    out.node = node
+    return cast(tape, out, inp_dtype, name + " in fp32")
+
+
+def lora_linear4bit(
+    tape: Tape,
+    x: Tensor,
+    n_out: int,
+    lora: tuple[Tensor, Tensor] | None,
+    *,
+    name: str,
+    p: float,
+    double_quant: bool,
+    fused: bool,
+    bias: bool = False,
+) -> Tensor:
+    """peft `lora.bnb.Linear4bit.forward`: base, clone, B(A(dropout(x))) * scaling, sum."""
+    if lora is None:
+        return linear4bit(tape, x, n_out, name=name, double_quant=double_quant, fused=fused, bias=bias)
+    result = linear4bit(tape, x, n_out, name=name, double_quant=double_quant, fused=fused, bias=bias)
+    return _add_lora(tape, x, result, lora, name, p, clone=True)
+
+
+def _add_lora(
+    tape: Tape, x: Tensor, result: Tensor, lora: tuple[Tensor, Tensor], name: str, p: float, clone: bool
+) -> Tensor:
+    if clone:
+        result = _clone(tape, result, name)
+    output = unary(
+        tape,
+        linear(tape, linear(tape, dropout(tape, x, p), lora[0], name + " lora_A"), lora[1], name + " lora_B"),
+        name + " lora scaled",
+    )
+    result = add(tape, result, output, name)
+    return result
+
+
+def lora_linear(
+    tape: Tape, x: Tensor, weight: Tensor, lora: tuple[Tensor, Tensor] | None, *, name: str, p: float
+) -> Tensor:
+    """peft `lora.Linear.forward` over a Linear that was not quantised (Falcon)."""
+    result = linear(tape, x, weight, name)
+    return result if lora is None else _add_lora(tape, x, result, lora, name, p, clone=False)
+
+
+def _clone(tape: Tape, x: Tensor, name: str) -> Tensor:
+    node = None if x.node is None else Node(tape, (x,), lambda g, n: (_first(g).detach(),))
+    out = tape.new(name + " clone", x.rows, x.columns, x.dtype)
+    out.node = node
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------- norms
+def rmsnorm(tape: Tape, hidden_states: Tensor, weight: str, gemma: bool = False, late_cast: bool = False) -> Tensor:
+    """`LlamaRMSNorm.forward`, `Gemma2RMSNorm.forward`, `Olmo2RMSNorm.forward` (`late_cast`: weight first, then cast).
+
+    `weight` is the dtype of the norm's weight.
+    """
+    input_dtype = hidden_states.dtype
+    if gemma:
+        output = _gemma_norm(tape, cast(tape, hidden_states, FP32, "norm input in fp32"))
+        scale = tape.new("1 + weight", 1, output.columns, FP32)
+        output = mul(tape, output, scale, "norm scaled")
+        return cast(tape, output, input_dtype, "norm")
+    hidden_states = cast(tape, hidden_states, FP32, "norm input in fp32")
+    variance = mean_last(tape, square(tape, hidden_states))
+    hidden_states = mul(
+        tape, hidden_states, unary(tape, unary(tape, variance, "variance + eps"), "rsqrt", saves="result"), "normed"
+    )
+    frozen = tape.constant(1, hidden_states.columns, weight)
+    if late_cast:
+        return cast(tape, mul(tape, hidden_states, frozen, "norm in fp32"), input_dtype, "norm")
+    return mul(tape, cast(tape, hidden_states, input_dtype, "normed in bf16"), frozen, "norm")
+
+
+def _gemma_norm(tape: Tape, x: Tensor) -> Tensor:
+    variance = unary(tape, mean_last(tape, square(tape, x)), "variance + eps")
+    return mul(tape, x, unary(tape, variance, "rsqrt", saves="result"), "normed")
+
+
+def layernorm(tape: Tape, x: Tensor, weight: str) -> Tensor:
+    """`F.layer_norm` under autocast: float32 in and out on CUDA; saves its float32 input, mean and 1/std."""
+    x = cast(tape, x, FP32, "norm input in fp32")
+    node = None
+    if x.node is not None:
+        rows, columns = x.rows, x.columns
+
+        def backward(g: Grads, n: Node) -> Grads:
+            held = [n.take(i) for i in range(3)]
+            grad = tape.new("gradient of norm", rows, columns, FP32)
+            del held
+            return (grad,)
+
+        node = Node(tape, (x,), backward, (x,))
+    casts = [tape.new("norm weight in fp32", 1, x.columns, FP32) for _ in range(2)] if weight == BF16 else []
+    out = tape.new("norm", x.rows, x.columns, FP32)
+    stats = [tape.new("norm statistics", x.rows, 1, FP32) for _ in range(2)]
+    if node is not None:
+        for t in stats:
+            node.save(tape, t)
+        out.node = node
+    del casts
+    return out

@@ -1,0 +1,161 @@
+"""Exact resident bytes: what stays on the card from step to step.
+
+Every tensor is rounded up to 512 bytes, as `torch.cuda.memory_allocated()` counts it. Layouts: bitsandbytes 0.50.2
+`quantize_4bit` (packed weight, absmax per 64, and with double quantisation uint8 absmax with float32 absmax per 256 of
+those, a private 256-entry code and an offset); peft 0.21 `prepare_model_for_kbit_training` (every fp16/bf16 parameter
+that is not 4-bit becomes float32); QLoRA, Dettmers et al. 2023, arXiv:2305.14314, section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import architecture as arch
+from .tape import GRANULE
+from .types import Levers, Line, Lora, ModelSpec
+from .units import round_up
+
+BLOCK, NESTED_BLOCK = 64, 256
+
+
+def rounded(size: int) -> int:
+    return round_up(size, GRANULE)
+
+
+def packed_bytes(elements: int) -> int:
+    """Two 4-bit values a byte."""
+    return rounded(-(-elements // 2))
+
+
+def constants_bytes(elements: int, double_quant: bool) -> int:
+    """Quantisation constants of one Linear: 0.5 bit a parameter, 0.127 with double quantisation."""
+    blocks = -(-elements // BLOCK)
+    code = rounded(16 * 4)
+    if not double_quant:
+        return rounded(4 * blocks) + code
+    nested = -(-blocks // NESTED_BLOCK)
+    return rounded(blocks) + rounded(4 * nested) + code + rounded(256 * 4) + rounded(4)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Bytes of the frozen model by kind, before (`float_size` 2) or after an upcast."""
+
+    nf4_bytes: int
+    constants_bytes: int
+    embeddings_bytes: int
+    lm_head_bytes: int
+    other_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.nf4_bytes + self.constants_bytes + self.embeddings_bytes + self.lm_head_bytes + self.other_bytes
+
+
+def weights(spec: ModelSpec, double_quant: bool, upcast: str = "none") -> Weights:
+    """The frozen model on the card. `upcast`: "all" makes every unquantised parameter float32, "norms" the norms."""
+    linears = arch.layer_linears(spec)
+    wide = 4 if upcast == "all" else 2
+    quantised = [x.in_features * x.out_features for x in linears if x.quantised]
+    plain = [x.in_features * x.out_features for x in linears if not x.quantised]
+    vectors = arch.layer_vectors(spec)
+
+    def size(name: str) -> int:
+        return 4 if upcast == "norms" and "norm" in name else wide
+
+    per_layer = sum(rounded(size(name) * n) for name, n in vectors) + sum(rounded(wide * n) for n in plain)
+    outer = sum(rounded(size(name) * n) for name, n in arch.outer_vectors(spec))
+    buffers = sum(rounded(4 * n) for n in arch.buffer_elements(spec))
+    embedding = rounded(wide * spec.vocab_size * spec.hidden_size)
+    layers = spec.num_layers
+    return Weights(
+        nf4_bytes=layers * sum(packed_bytes(n) for n in quantised),
+        constants_bytes=layers * sum(constants_bytes(n, double_quant) for n in quantised),
+        embeddings_bytes=embedding,
+        lm_head_bytes=0 if spec.tie_word_embeddings else embedding,
+        other_bytes=layers * per_layer + outer + buffers,
+    )
+
+
+def lora_bytes(spec: ModelSpec, lora: Lora) -> int:
+    """A [r, in] and B [out, r] of every adapted Linear, in the adapter's dtype. The gradients take the same."""
+    size = 4 if lora.dtype == "float32" else 2
+    per_layer = sum(
+        rounded(size * lora.r * x.in_features) + rounded(size * lora.r * x.out_features)
+        for x in arch.lora_linears(spec, lora)
+    )
+    return per_layer * spec.num_layers
+
+
+# bytes of state per parameter and how bitsandbytes' 8-bit kinds treat small tensors: see optimizer_bytes
+_PLAIN = {"adamw_torch": 8, "adamw_torch_fused": 8, "paged_adamw_32bit": 8, "lion_32bit": 4, "paged_lion_32bit": 4,
+          "sgd": 0}  # fmt: skip
+_EIGHT_BIT = {"adamw_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "paged_lion_8bit": 1}
+MIN_8BIT, MIN_PAGED = 4096, 100_000
+
+
+def optimizer_bytes(spec: ModelSpec, lora: Lora, levers: Levers) -> tuple[int, int]:
+    """(bytes on the card, bytes in managed memory) of the optimizer's state.
+
+    bitsandbytes 0.50.2: 8-bit state from 4,096 elements on, one float32 absmax per 256; a tensor is paged only from
+    100,000 elements on; two 256-entry code tables once. torch: `step` counters are on the CPU, fused Adam's on the card.
+    """
+    name = levers.optimizer
+    on_card = paged = 0
+    for elements in lora_tensors(spec, lora):
+        state = _state(name, *elements)
+        if name.startswith("paged") and elements[0] * elements[1] >= MIN_PAGED:
+            scales = _absmax(name, elements[0] * elements[1])
+            paged += state - scales
+            on_card += scales
+        else:
+            on_card += state
+    on_card, paged = on_card * spec.num_layers, paged * spec.num_layers
+    if name in _EIGHT_BIT:
+        on_card += 2 * rounded(1024) if "adamw" in name else rounded(1024)
+    return on_card, paged
+
+
+def lora_tensors(spec: ModelSpec, lora: Lora) -> list[tuple[int, int]]:
+    """Shapes of one layer's adapter: A then B of every adapted Linear."""
+    out = []
+    for x in arch.lora_linears(spec, lora):
+        out += [(lora.r, x.in_features), (x.out_features, lora.r)]
+    return out
+
+
+def _absmax(name: str, elements: int) -> int:
+    if name not in _EIGHT_BIT or elements < MIN_8BIT:
+        return 0
+    return _EIGHT_BIT[name] * rounded(4 * -(-elements // 256))
+
+
+def _state(name: str, rows: int, columns: int) -> int:
+    n = rows * columns
+    if name in _EIGHT_BIT:
+        moments = _EIGHT_BIT[name]
+        width = 1 if n >= MIN_8BIT else 4
+        return moments * rounded(width * n) + _absmax(name, n)
+    if name == "adafactor":  # row and column means of the squared gradient
+        return rounded(4 * rows) + rounded(4 * columns)
+    per = _PLAIN[name]
+    steps = rounded(4) if name == "adamw_torch_fused" else 0
+    return (per // 4) * rounded(4 * n) + steps
+
+
+def weight_lines(spec: ModelSpec, double_quant: bool, upcast: str) -> list[Line]:
+    """The resident weights as ledger rows."""
+    w = weights(spec, double_quant, upcast)
+    params = sum(x.in_features * x.out_features for x in arch.layer_linears(spec) if x.quantised) * spec.num_layers
+    wide = "4 (float32)" if upcast == "all" else "2 (bf16)"
+    table = f"{spec.vocab_size} x {spec.hidden_size} x {wide}"
+    per = "1/64 + 4/16384" if double_quant else "4/64"
+    head = "tied" if spec.tie_word_embeddings else "untied"
+    rows = [
+        ("weights.nf4", "4-bit weights (NF4)", w.nf4_bytes, f"{params:,} parameters / 2"),
+        ("weights.constants", "quantisation constants", w.constants_bytes, f"{params:,} x ({per}) + code tables"),
+        ("weights.embeddings", f"input embedding, {head}", w.embeddings_bytes, table),
+        ("weights.lm_head", "output head", w.lm_head_bytes, table),
+        ("weights.other", "norms, biases, buffers", w.other_bytes, "each tensor rounded up to 512 bytes"),
+    ]
+    return [Line(key=k, label=t, bytes=b, formula=f, group="weights") for k, t, b, f in rows if b]

@@ -1,0 +1,330 @@
+"""A miniature autograd: shapes without data, so that a training step can be played in plain Python.
+
+The player's code reads like the code it imitates, and its objects die when the real ones die: a `Storage` writes its
+own birth and, when CPython drops the last reference to it, its death. `backward` walks the graph in the order of
+torch's engine (highest sequence number first, gradients of one input summed in place where torch does) and releases
+each node's saved tensors after the node has run (torch/csrc/autograd/engine.cpp).
+"""
+
+from __future__ import annotations
+
+import heapq
+import sys
+from collections.abc import Callable, Sequence
+
+GRANULE = 512  # the CUDA caching allocator rounds every request up to this
+
+# Workspace of one cuBLAS handle and stream (aten/src/ATen/cuda/CublasHandlePool.cpp): 32 MiB on Hopper, else
+# ":4096:2:16:8"; the one cuBLASLt uses for a bias.
+CUBLAS_WORKSPACE_BYTES = {9: 32 * 2**20}
+DEFAULT_CUBLAS_WORKSPACE_BYTES = 8_519_680
+CUBLASLT_WORKSPACE_BYTES = 2**20
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
+
+
+class Recorder:
+    """The list of events: +i is the birth of storage i, -i its death. `info[i]` tells what it is.
+
+    `info` rows are (key, name, rows, columns, dtype, bytes): key is the ledger line, bytes are rounded to 512.
+    `marks` are (position in events, phase or section name) pairs.
+    """
+
+    def __init__(self) -> None:
+        self.events: list[int] = []
+        self.info: list[tuple[str, str, int, int, str, int]] = [("", "", 0, 0, "", 0)]
+        self.marks: list[tuple[int, str]] = []
+        self.scope = ""  # the ledger key that new tensors get
+        self.module = ""  # prefix of their names
+        self.sequence = 0
+
+    def mark(self, name: str) -> None:
+        self.marks.append((len(self.events), name))
+
+
+class Storage:
+    __slots__ = ("__weakref__", "events", "ident")
+
+    def __init__(self, rec: Recorder, name: str, rows: int, columns: int, dtype: str, key: str) -> None:
+        size = rows * columns * DTYPE_BYTES[dtype]
+        rec.info.append((key or rec.scope, rec.module + name, rows, columns, dtype, -(-size // GRANULE) * GRANULE))
+        self.ident = len(rec.info) - 1
+        self.events = rec.events
+        self.events.append(self.ident)
+
+    def __del__(self) -> None:
+        self.events.append(-self.ident)
+
+
+class Tensor:
+    """A tensor of `rows` x `columns` elements. `node` made it; None for constants, a leaf's node accumulates."""
+
+    __slots__ = ("__weakref__", "columns", "dtype", "node", "output", "rows", "storage")
+
+    def __init__(
+        self, storage: Storage | None, rows: int, columns: int, dtype: str, node: Node | None = None, output: int = 0
+    ) -> None:
+        self.storage = storage  # None: resident, counted elsewhere
+        self.rows = rows
+        self.columns = columns
+        self.dtype = dtype
+        self.node = node
+        self.output = output
+
+    def view(self, rows: int, columns: int) -> Tensor:
+        """The same storage in another shape; the view node saves nothing and is left out."""
+        return Tensor(self.storage, rows, columns, self.dtype, self.node, self.output)
+
+    def detach(self) -> Tensor:
+        return Tensor(self.storage, self.rows, self.columns, self.dtype)
+
+
+class Slot:
+    """A saved tensor: held directly, or (checkpointing) found again by recomputing."""
+
+    __slots__ = ("frame", "index", "tensor")
+
+    def __init__(self, tensor: Tensor | None, frame: Frame | None = None, index: int = 0) -> None:
+        self.tensor = tensor
+        self.frame = frame
+        self.index = index
+
+    def get(self) -> Tensor:
+        if self.frame is not None:
+            return self.frame.unpack(self.index)
+        assert self.tensor is not None
+        return self.tensor
+
+
+Backward = Callable[[Sequence["Tensor | None"], "Node"], "Sequence[Tensor | None]"]
+
+
+class Node:
+    """One backward function. `edges` are (node, output, rows, columns, dtype) per input, None where no gradient goes."""
+
+    __slots__ = ("edges", "fn", "layer", "outputs", "saved", "sequence")
+
+    def __init__(
+        self, tape: Tape, inputs: Sequence[Tensor | None], fn: Backward, saved: Sequence[Tensor] = (), outputs: int = 1
+    ) -> None:
+        self.layer = tape.layer
+        self.edges = [
+            None if t is None or t.node is None else (t.node, t.output, t.rows, t.columns, t.dtype) for t in inputs
+        ]
+        self.fn: Backward | None = fn
+        self.saved: list[Slot] | None = [tape.pack(t) for t in saved]
+        self.outputs = outputs
+        tape.rec.sequence += 1
+        self.sequence = tape.rec.sequence
+
+    def save(self, tape: Tape, tensor: Tensor) -> None:
+        """Save a result: torch packs those after the kernel has run, arguments before."""
+        assert self.saved is not None
+        self.saved.append(tape.pack(tensor))
+
+    def take(self, index: int) -> Tensor:
+        """Saved tensor number `index`, unpacked (which may recompute a checkpointed layer)."""
+        assert self.saved is not None
+        return self.saved[index].get()
+
+    def needs(self, index: int) -> bool:
+        return self.edges[index] is not None
+
+
+class Leaf(Node):
+    """AccumulateGrad: keeps the gradient of a parameter, or of inputs that were told to require one."""
+
+    __slots__ = ("grad", "tape")
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__(tape, (), _no_backward)
+        self.sequence = sys.maxsize  # torch runs these first
+        self.grad: Tensor | None = None
+        self.tape = tape
+
+    def accumulate(self, grad: Tensor) -> None:
+        if self.grad is None:
+            self.grad = grad  # stolen, not copied, when nobody else holds it; the rules below never share one
+
+
+def _no_backward(grads: Sequence[Tensor | None], node: Node) -> Sequence[Tensor | None]:
+    raise AssertionError("a leaf has no backward function")
+
+
+class StopRecomputation(Exception):
+    """Raised when the last tensor that the backward needs has been recomputed (checkpoint's early stop)."""
+
+
+class Frame:
+    """One non-reentrant checkpoint (torch/utils/checkpoint.py, _CheckpointFrame)."""
+
+    __slots__ = ("count", "done", "fn", "inputs", "recomputed", "tape")
+
+    def __init__(self, tape: Tape, fn: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
+        self.tape = tape
+        self.fn = fn
+        self.inputs: Sequence[Tensor] | None = inputs
+        self.count = 0
+        self.recomputed: dict[int, Tensor] = {}
+        self.done = False
+
+    def unpack(self, index: int) -> Tensor:
+        if not self.done:
+            self.done = True
+            self.tape.recompute(self)
+        return self.recomputed.pop(index)
+
+
+class Tape:
+    """Plays operations and their gradients against a `Recorder`."""
+
+    def __init__(self, rec: Recorder, capability: tuple[int, int] = (8, 9)) -> None:
+        self.rec = rec
+        self.workspace_bytes = CUBLAS_WORKSPACE_BYTES.get(capability[0], DEFAULT_CUBLAS_WORKSPACE_BYTES)
+        self.workspaces: dict[tuple[str, bool], Tensor] = {}
+        self.in_backward = False  # torch runs it in a thread with cuBLAS handles of its own
+        self.frame: Frame | None = None  # being run for the first time: saved tensors are dropped
+        self.replay: tuple[Frame, list[int]] | None = None  # being recomputed
+        self.cast_cache: dict[int, Tensor] | None = None  # autocast's copies of trainable weights
+        self.layer = -1  # decoder layer being played; -1 outside
+
+    # ------------------------------------------------------------------------------------------------- birth
+    def new(self, name: str, rows: int, columns: int, dtype: str, key: str = "") -> Tensor:
+        return Tensor(Storage(self.rec, name, rows, columns, dtype, key), rows, columns, dtype)
+
+    def constant(self, rows: int, columns: int, dtype: str) -> Tensor:
+        """A tensor that is resident anyway: a frozen weight, an embedding table."""
+        return Tensor(None, rows, columns, dtype)
+
+    def parameter(self, rows: int, columns: int, dtype: str) -> Tensor:
+        return Tensor(None, rows, columns, dtype, Leaf(self))
+
+    def product(self, bias: bool = False) -> None:
+        """Note a matrix product: a thread's first one makes a cuBLAS workspace that stays (cuBLASLt's for a bias)."""
+        for name, size in (("cublas", self.workspace_bytes), ("cublaslt", CUBLASLT_WORKSPACE_BYTES)):
+            if (name == "cublas" or bias) and (name, self.in_backward) not in self.workspaces:
+                thread = "backward" if self.in_backward else "forward"
+                text = f"{name} workspace, {thread} thread"
+                self.workspaces[name, self.in_backward] = self.new(text, 1, size, "uint8", "workspace.cublas")
+
+    # ---------------------------------------------------------------------------------------------- checkpoints
+    def pack(self, tensor: Tensor) -> Slot:
+        if self.frame is not None:
+            slot = Slot(None, self.frame, self.frame.count)
+            self.frame.count += 1
+            return slot
+        if self.replay is not None:
+            frame, counter = self.replay
+            frame.recomputed[counter[0]] = tensor.detach()
+            counter[0] += 1
+            if counter[0] == frame.count:
+                raise StopRecomputation
+        return Slot(tensor.detach())
+
+    def checkpoint(self, fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        frame = Frame(self, fn, inputs)
+        self.frame = frame
+        try:
+            return fn(*inputs)
+        finally:
+            self.frame = None
+
+    def recompute(self, frame: Frame) -> None:
+        assert frame.inputs is not None
+        cache, self.cast_cache = self.cast_cache, {}
+        inputs = [t if t.node is None else _leaf_like(t, self) for t in frame.inputs]
+        self.replay = (frame, [0])
+        try:
+            frame.fn(*inputs)
+        except StopRecomputation:
+            pass
+        finally:
+            self.replay = None
+        self.cast_cache = cache
+
+    # ------------------------------------------------------------------------------------------------- backward
+    def backward(self, root: Tensor, grad: Tensor) -> None:
+        """Run the graph behind `root`. The caller must hold no other reference to `grad`."""
+        assert root.node is not None
+        waiting = _dependencies(root.node)
+        buffers: dict[Node, list[Tensor | None]] = {root.node: [grad]}
+        del grad
+        ready = [(-root.node.sequence, id(root.node), root.node)]
+        root_node = root.node
+        del root
+        while ready:
+            node = heapq.heappop(ready)[2]
+            if node.layer != self.layer:
+                self.layer = node.layer
+                self.rec.mark(f"backward {node.layer}")
+            for edge, result in zip(node.edges, self._run(node, buffers), strict=True):
+                if edge is None:
+                    continue
+                target = edge[0]
+                if result is not None:
+                    _accumulate(self, buffers, target, edge[1], result)
+                waiting[target] -= 1
+                if waiting[target] == 0 and target in buffers:
+                    if isinstance(target, Leaf):
+                        (kept,) = buffers.pop(target)
+                        assert kept is not None
+                        target.accumulate(kept)
+                        kept = None
+                    else:
+                        heapq.heappush(ready, (-target.sequence, id(target), target))
+                result = None
+        del root_node
+
+    def _run(self, node: Node, buffers: dict[Node, list[Tensor | None]]) -> list[Tensor | None]:
+        assert node.fn is not None
+        results = list(node.fn(buffers.pop(node), node))
+        for i, edge in enumerate(node.edges):  # validate_outputs: reduce to the input's shape, cast to its dtype
+            grad = results[i] if i < len(results) else None
+            if edge is None or grad is None:
+                continue
+            if grad.rows * grad.columns != edge[2] * edge[3]:
+                grad = self.new("gradient summed", edge[2], edge[3], grad.dtype)
+            if grad.dtype != edge[4]:
+                grad = self.new("gradient cast", edge[2], edge[3], edge[4])
+            results[i] = grad
+        node.saved = None
+        node.fn = None
+        return results
+
+
+def _leaf_like(tensor: Tensor, tape: Tape) -> Tensor:
+    """A checkpoint's input seen by its recomputation: the same storage, no history beyond it."""
+    copy = tensor.detach()
+    copy.node = Leaf(tape)
+    return copy
+
+
+def _dependencies(root: Node) -> dict[Node, int]:
+    """How many gradients each node waits for."""
+    counts = {root: 0}
+    stack = [root]
+    while stack:
+        for edge in stack.pop().edges:
+            if edge is not None:
+                target = edge[0]
+                if target not in counts:
+                    counts[target] = 0
+                    stack.append(target)
+                counts[target] += 1
+    return counts
+
+
+# references to a gradient that only a buffer holds: the list, the local name, getrefcount's argument
+_SOLE = 3
+
+
+def _accumulate(tape: Tape, buffers: dict[Node, list[Tensor | None]], node: Node, output: int, grad: Tensor) -> None:
+    slots = buffers.setdefault(node, [None] * node.outputs)
+    held = slots[output]
+    if held is None:
+        slots[output] = grad
+        return
+    # in place when nobody else sees the first gradient (input_buffer.cpp, can_accumulate_inplace)
+    if sys.getrefcount(held) <= _SOLE and sys.getrefcount(held.storage) <= _SOLE - 1:
+        return
+    slots[output] = tape.new("gradient sum", held.rows, held.columns, held.dtype)

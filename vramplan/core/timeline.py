@@ -1,0 +1,307 @@
+"""Plays one optimizer step: which tensor is born when, and when it dies.
+
+The step is played on a few layers by `tape` (a miniature autograd) and then unrolled to the model's depth: layers of
+one kind do the same, so the section of events of a middle layer stands for all of them. Two phases that a user knows
+come out, "forward" (with the loss) and "backward" (with recomputation), then "optimizer".
+
+The order of things is that of transformers 5.17 under bf16 autocast: `driver` "loop" is the tutorials' own loop,
+"trainer" is `transformers.Trainer(bf16=True)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from . import architecture as arch
+from .blocks import Player, block
+from .head import chunked_loss, full_loss
+from .ops import BF16, FP32, layernorm, rmsnorm, unary
+from .tape import Leaf, Recorder, Tape, Tensor
+from .types import GpuProfile, ModelSpec, RunSpec
+
+Info = tuple[str, str, int, int, str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Events of one place: `layer` -1 outside the layers, else the played layer. Phase as the user knows it."""
+
+    phase: str
+    name: str
+    layer: int
+    events: tuple[int, ...]
+
+
+def checkpointed(levers_checkpointing: str, layer: int) -> bool:
+    """Whether this layer keeps only its input. transformers' every_n_layers=k: layers 0, k, 2k, ..."""
+    if levers_checkpointing == "none":
+        return False
+    return layer % checkpoint_period(levers_checkpointing) == 0
+
+
+def checkpoint_period(checkpointing: str) -> int:
+    """ "all" -> 1, "every-4" -> 4, "none" -> 1 (all layers alike)."""
+    return int(checkpointing.removeprefix("every-")) if checkpointing.startswith("every-") else 1
+
+
+class Step:
+    """One optimizer step on the played depth. Adapter gradients and inputs live here, as they do in the trainer."""
+
+    def __init__(self, spec: ModelSpec, run: RunSpec, gpu: GpuProfile) -> None:
+        self.spec = spec
+        self.run = run
+        self.rec = Recorder()
+        self.tape = Tape(self.rec, gpu.compute_capability)
+        self.player = Player(self.tape, spec, run, gpu)
+        self.wide = FP32 if run.levers.upcast == "all" else BF16
+        lora = run.lora
+        self.adapters = [
+            {
+                x.short: (
+                    self.tape.parameter(lora.r, x.in_features, lora.dtype),
+                    self.tape.parameter(x.out_features, lora.r, lora.dtype),
+                )
+                for x in arch.lora_linears(spec, lora)
+            }
+            for _ in range(spec.num_layers)
+        ]
+
+    # ---------------------------------------------------------------------------------------------------- playing
+    def play(self) -> None:
+        """Micro-steps (at most two: the second has gradients to add to), then clipping and the optimizer."""
+        self.rec.mark("forward batch")
+        kept: object = None
+        for _ in range(min(self.run.accumulation, 2)):
+            kept = None
+            kept = self.micro_step()
+        self.tape.layer = -1
+        if self.run.driver == "trainer":
+            kept = None
+        self.optimizer()
+        del kept
+        self.rec.mark("optimizer zero_grad")
+        for layer in self.adapters:
+            for pair in layer.values():
+                for weight in pair:
+                    assert isinstance(weight.node, Leaf)
+                    weight.node.grad = None
+        self.rec.mark("end")
+
+    def micro_step(self) -> object:
+        """Forward, loss and backward of one micro-batch; returns what the loop keeps alive through its `loss`."""
+        run, tape = self.run, self.tape
+        tokens = self.player.tokens
+        self.rec.scope = "activations.inputs"
+        ids = tape.new("input_ids", run.micro_batch_size, run.seq_len, "int64")
+        batch = []
+        if run.driver == "trainer":
+            batch = [tape.new(name, run.micro_batch_size, run.seq_len, "int64") for name in ("labels", "attention_mask")]
+        self.rec.mark("forward embed")
+        tape.in_backward = False
+        tape.cast_cache = {}
+        inputs = self.embed(tokens)
+        loss = self.forward(inputs)
+        tape.layer = -1
+        self.rec.mark("forward autocast exit")
+        tape.cast_cache = None
+        loss = self.outputs_to_fp32(loss)
+        self.rec.mark("backward start")
+        tape.in_backward = True
+        self.rec.scope = "activations.gradients"
+        root = loss[0]
+        del loss
+        tape.layer = -1
+        tape.backward(root, tape.new("gradient of the loss", 1, 1, FP32))
+        self.rec.mark("backward end")
+        tape.in_backward = False
+        del ids, batch
+        return inputs
+
+    def outputs_to_fp32(self, outputs: list[Tensor]) -> list[Tensor]:
+        """accelerate's `convert_outputs_to_fp32` copies the logits once more, though nobody asked for them."""
+        if self.run.driver == "trainer" and len(outputs) > 1:
+            copy = self.tape.new("logits in fp32 for the caller", outputs[1].rows, outputs[1].columns, FP32, "loss.logits")
+            del copy
+        return outputs[:1]
+
+    def embed(self, tokens: int) -> Tensor:
+        """The embedding's output; checkpointing makes it require a gradient (`enable_input_require_grads`)."""
+        tape, hidden = self.tape, self.spec.hidden_size
+        inputs = tape.new("inputs_embeds", tokens, hidden, self.wide)
+        if self.spec.model_type.startswith("gemma"):
+            inputs = unary(tape, inputs, "inputs_embeds scaled")
+        if self.run.levers.checkpointing != "none":
+            inputs.node = Leaf(tape)
+        if self.spec.model_type == "granite":
+            inputs = unary(tape, inputs, "inputs_embeds scaled")
+        return inputs
+
+    def forward(self, inputs_embeds: Tensor) -> list[Tensor]:
+        """Decoder, final norm, head and loss: [loss] or [loss, logits] as the model returns them."""
+        last_hidden_state = self.decoder(inputs_embeds)
+        self.tape.layer = -1
+        self.rec.scope = "loss.logits"
+        if self.run.levers.loss == "fused":
+            return [chunked_loss(self.tape, self.spec, last_hidden_state, self.wide)]
+        return full_loss(self.tape, self.spec, last_hidden_state, self.wide)
+
+    def decoder(self, inputs_embeds: Tensor) -> Tensor:
+        tape, player, spec = self.tape, self.player, self.spec
+        width = int(spec.head_dim * spec.partial_rotary_factor)
+        rotary_dtype = FP32 if spec.model_type == "olmo2" else self.wide
+        player.cos = tape.new("cos", self.run.seq_len, width, rotary_dtype)
+        player.sin = tape.new("sin", self.run.seq_len, width, rotary_dtype)
+        if self.run.levers.attention == "eager" or self.run.padding:
+            rows = self.run.seq_len * (self.run.micro_batch_size if self.run.padding else 1)
+            player.mask = tape.new("causal mask", rows, self.run.seq_len, self.wide)
+        hidden_states = inputs_embeds
+        for index in range(spec.num_layers):
+            tape.layer = index
+            self.rec.mark(f"forward {index}")
+            player.adapters = self.adapters[index]
+            hidden_states = self.layer(index, hidden_states)
+        tape.layer = -1
+        self.rec.mark("forward head")
+        self.rec.scope = "activations.head"
+        if spec.norm == "layernorm":
+            return layernorm(tape, hidden_states, player.norm_dtype)
+        return rmsnorm(tape, hidden_states, player.norm_dtype, spec.norm == "gemma_rmsnorm", spec.model_type == "olmo2")
+
+    def layer(self, index: int, hidden_states: Tensor) -> Tensor:
+        player, tape = self.player, self.tape
+        if not checkpointed(self.run.levers.checkpointing, index):
+            self.rec.scope = "activations.layers"
+            return block(player, hidden_states)
+        adapters = self.adapters[index]
+
+        def run(hidden_states: Tensor) -> Tensor:
+            self.rec.scope = "activations.layers"
+            player.adapters = adapters
+            return block(player, hidden_states)
+
+        out = tape.checkpoint(run, hidden_states)
+        return out
+
+    def optimizer(self) -> None:
+        """Clipping (small norms) and what the optimizer's kernels allocate on the way."""
+        if self.run.driver == "trainer":
+            self._for_each_weight("gradient norm", whole=False)
+        if self.run.levers.optimizer == "adamw_torch":  # foreach: the square root of every second moment at once
+            self._for_each_weight("sqrt(exp_avg_sq)", whole=True)
+        elif self.run.levers.optimizer == "adafactor":
+            for layer in self.adapters:
+                for pair in layer.values():
+                    for w in pair:
+                        held = [self.tape.new("adafactor update", w.rows, w.columns, FP32) for _ in range(2)]
+                        del held
+
+    def _for_each_weight(self, name: str, whole: bool) -> None:
+        """One tensor per adapter weight, all alive together."""
+        self.rec.scope = "optimizer.scratch"
+        held = []
+        for index, layer in enumerate(self.adapters):
+            self.rec.mark(f"optimizer {index}")
+            for pair in layer.values():
+                for w in pair:
+                    held.append(self.tape.new(name, w.rows if whole else 1, w.columns if whole else 1, FP32))
+        self.rec.mark("optimizer step")
+        del held
+
+
+# ------------------------------------------------------------------------------------------------------ unrolling
+class Unrolled:
+    """The step at full depth, from a step played on `played` layers.
+
+    Sections are those of the played step. Real layer l is shown by played layer `shown(l)`; a tensor born in a layer's
+    section is renamed by the real layer, so that the same event list serves all.
+    """
+
+    def __init__(self, rec: Recorder, played: int, depth: int, period: int) -> None:
+        self.info = rec.info
+        self.played, self.depth, self.period = played, depth, period
+        self.sections = _sections(rec)
+        self.born: dict[int, tuple[int, int, int]] = {}  # storage -> (kind, played layer, n-th birth of its section)
+        kind = 0
+        for section in self.sections:
+            if section.layer < 0:  # the layers between two outer sections are one kind
+                kind += 1
+            count = 0
+            for event in section.events:
+                if event > 0:
+                    self.born[event] = (kind, section.layer, count)
+                    count += 1
+            if section.layer < 0:
+                kind += 1
+
+    def shown(self, layer: int) -> int:
+        """The played layer that stands for this real one: the first and last blocks as they are, the middle by one."""
+        period, tail = self.period, self.played - 3 * self.period
+        if self.played == self.depth or layer < 2 * period:
+            return layer
+        if layer >= self.depth - tail:
+            return layer - self.depth + self.played
+        return 2 * period + layer % period
+
+    def real_layers(self, played: int) -> list[int]:
+        return [layer for layer in range(self.depth) if self.shown(layer) == played]
+
+    def order(self) -> Iterator[tuple[Section, int]]:
+        """(section, real layer) in the order of time; sections outside the layers have layer -1."""
+        run: list[Section] = []
+        for section in self.sections:
+            if section.layer < 0:
+                yield from self._layers(run)
+                run = []
+                yield section, -1
+            else:
+                run.append(section)
+        yield from self._layers(run)
+
+    def _layers(self, run: list[Section]) -> Iterator[tuple[Section, int]]:
+        if not run:
+            return
+        by_layer = {s.layer: s for s in run}
+        forward = run[0].layer < run[-1].layer or len(run) == 1
+        for layer in range(self.depth) if forward else range(self.depth - 1, -1, -1):
+            section = by_layer.get(self.shown(layer))
+            if section is not None:
+                yield section, layer
+
+    def events(self) -> Iterator[tuple[str, int, int, int]]:
+        """(phase, sign, tensor key, bytes, info index) of every birth and death at full depth."""
+        info, born = self.info, self.born
+        for section, layer in self.order():
+            shift = layer - section.layer if layer >= 0 else 0
+            for event in section.events:
+                ident = event if event > 0 else -event
+                kind, home, count = born[ident]
+                if home < 0 or layer >= 0:
+                    key = _key(kind, home + shift if home >= 0 else 0, count)
+                    yield section.phase, ident if event > 0 else -ident, key, info[ident][5]
+                else:  # outside the layers, a layer's tensor dies: so does that of every layer it stands for
+                    for real in self.real_layers(home):
+                        yield section.phase, -ident, _key(kind, real, count), info[ident][5]
+
+
+def _key(kind: int, layer: int, count: int) -> int:
+    return ((kind << 14) + layer << 20) + count
+
+
+def _sections(rec: Recorder) -> list[Section]:
+    out = []
+    for i, (at, name) in enumerate(rec.marks):
+        end = rec.marks[i + 1][0] if i + 1 < len(rec.marks) else len(rec.events)
+        phase, _, rest = name.partition(" ")
+        layer = int(rest) if rest.lstrip("-").isdigit() else -1
+        out.append(Section(phase, rest if layer < 0 else "", layer, tuple(rec.events[at:end])))
+    return out
+
+
+def play(spec: ModelSpec, run: RunSpec, gpu: GpuProfile) -> Unrolled:
+    """The steady optimizer step of `run` on `spec`, at full depth."""
+    period = checkpoint_period(run.levers.checkpointing)
+    played = min(spec.num_layers, 4 * period + spec.num_layers % period)
+    step = Step(replace(spec, num_layers=played), run, gpu)
+    step.play()
+    return Unrolled(step.rec, played, spec.num_layers, period)

@@ -1,0 +1,422 @@
+"""Every value that crosses a door. Read this page first.
+
+All are frozen, slotted, keyword-only dataclasses. Memory is `int` bytes in fields that end in `_bytes`; rates are
+per second. "Could not" is `None` or an exception, never a made-up number. A door is a function that takes and
+returns only these types: `sources` reads the world into them, `core` computes with them, `report` draws them, and
+the training child writes one (`Measurement`) back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+SCHEMA_VERSION = 1
+
+# The values a field may take, in one place, so that the command line, the JSON codec and the arithmetic agree.
+UPCASTS = ("all", "norms", "none")
+LOSSES = ("full", "fused")
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
+ALLOCATORS = ("native", "expandable")
+OPTIMIZERS = (
+    "adamw_torch_fused",
+    "adamw_torch",
+    "adamw_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "lion_8bit",
+    "paged_lion_8bit",
+    "lion_32bit",
+    "paged_lion_32bit",
+    "adafactor",
+    "sgd",
+)
+VERDICTS = ("fits", "tight", "does_not_fit")
+BASES = ("exact", "modelled", "measured")
+
+
+class Unplannable(ValueError):
+    """A question without an exact answer: an unknown architecture, a target that matches no module, rank 0.
+
+    `hint` says what to do instead. The command line ends with exit code 2.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+# --------------------------------------------------------------------------------------------------- the model
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """What a `config.json` says of a causal language model: enough to know every parameter's shape.
+
+    `architecture` is `config.architectures[0]`, `model_type` picks the block (`core/architecture.py`). Widths are in
+    elements. Fields below `dtype` have the value that the Llama family has, so that a spec states only what differs.
+    """
+
+    name: str
+    architecture: str
+    model_type: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool = False
+    dtype: str = "bfloat16"
+    activation: str = "silu"  # silu | gelu | gelu_tanh | relu2 ...
+    gated_mlp: bool = True  # gate and up projections, against one up projection
+    fused_qkv: bool = False
+    fused_gate_up: bool = False
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    lm_head_bias: bool = False
+    norm: str = "rmsnorm"  # rmsnorm | gemma_rmsnorm | layernorm
+    norm_bias: bool = False
+    norm_placement: str = "pre"  # pre | post (OLMo-2) | sandwich (Gemma 2, 3) | parallel (one norm feeds both)
+    qk_norm: str = "none"  # none | head (per head, Qwen3) | full (over all heads, OLMo-2)
+    parallel_residual: bool = False
+    partial_rotary_factor: float = 1.0
+    residual_dropout: float = 0.0
+    embedding_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    residual_multiplier: float | None = None  # Granite
+    logits_scaling: float | None = None  # Granite
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] = ()  # full_attention | sliding_attention per layer; empty: all full
+    rope_layers: tuple[int, ...] = ()  # 1 where the layer has rotary embeddings (SmolLM3); empty: all
+    num_experts: int = 0
+    num_experts_per_token: int = 0
+    moe_intermediate_size: int = 0
+    source: str = ""  # where the numbers come from: a path, a Hub id, "built-in"
+
+
+# ----------------------------------------------------------------------------------------------------- the run
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lora:
+    """The adapter. `targets` are PEFT's `target_modules`: names, or the one name "all-linear"."""
+
+    r: int = 16
+    alpha: int = 32
+    targets: tuple[str, ...] = ("all-linear",)
+    dropout: float = 0.0
+    dtype: str = "float32"  # PEFT's autocast_adapter_dtype makes A and B float32 also under bf16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Levers:
+    """What may be turned to trade memory for time. The defaults are the `lean` recipe.
+
+    `checkpointing` is "none", "all" or "every-K": every K-th layer is checkpointed.
+    """
+
+    upcast: str = "none"  # which unquantised parameters become float32: see UPCASTS
+    loss: str = "fused"
+    checkpointing: str = "all"
+    checkpoint_offload: bool = False
+    optimizer: str = "paged_adamw_8bit"
+    attention: str = "sdpa"
+    allocator: str = "expandable"
+    resident_layers: int | None = None  # for streaming: layers whose weights stay on the card; None: all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSpec:
+    """Training data: a JSONL, Parquet, CSV or text file, or the name of a `datasets` data set."""
+
+    path: str
+    kind: str = "auto"  # auto | messages | prompt_completion | text
+    split: str = "train"
+    text_column: str = "text"
+    eval_fraction: float = 0.0
+    on_bad_row: str = "fail"  # fail | skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """How long and how fast to train; names and defaults as in `transformers.TrainingArguments` where it has them."""
+
+    max_steps: int | None = None  # optimizer steps; None: num_train_epochs decides
+    num_train_epochs: float = 1.0
+    learning_rate: float = 2e-4
+    lr_scheduler_type: str = "cosine"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    logging_steps: int = 1
+    save_steps: int = 200
+    seed: int = 42
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSpec:
+    """What the user asked for. Only what costs memory or time is read by `core`; the rest passes to the trainer.
+
+    `driver` is who plays the step: "trainer" (`transformers.Trainer(bf16=True)`: labels and mask are tensors of their
+    own, gradients are clipped) or "loop" (autocast, `loss.backward()`, `optimizer.step()`, as the tutorials write it).
+    """
+
+    model: str
+    model_path: str | None = None  # folder, Hub id or GGUF file the trainer loads; None: `model`
+    micro_batch_size: int = 1
+    seq_len: int = 2048
+    accumulation: int = 1
+    lora: Lora = field(default_factory=Lora)
+    double_quant: bool = True
+    recipe: str = "lean"
+    levers: Levers = field(default_factory=Levers)
+    driver: str = "trainer"
+    padding: bool = False  # batches hold padding, so that attention needs a mask
+    trust_remote_code: bool = False
+    random_weights: bool = False  # build the model from its config alone: memory and speed, no language
+    data: DataSpec | None = None
+    schedule: Schedule = field(default_factory=Schedule)
+
+
+# ----------------------------------------------------------------------------------------------------- the card
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuProcess:
+    """Another user of the card. `used_bytes` and `name` are None where the driver does not say (WSL, containers)."""
+
+    pid: int
+    name: str | None = None
+    used_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuProfile:
+    """One card, live or stored.
+
+    `total_bytes` is NVML's total; `usable_bytes` is what one process may fill, its CUDA context included: CUDA's
+    `total_memory` on an idle card, what is free now on a live one. Rates are datasheet peaks, None if unknown.
+    `sources` are (field, where the number was read) pairs.
+    """
+
+    key: str
+    name: str
+    total_bytes: int
+    usable_bytes: int
+    usable_basis: str = "modelled"
+    reserved_bytes: int | None = None  # held back by the driver
+    used_by_others_bytes: int = 0
+    processes: tuple[GpuProcess, ...] = ()
+    compute_capability: tuple[int, int] = (8, 9)
+    sm_count: int | None = None
+    context_bytes: int = 400 * 2**20  # CUDA context of one training process
+    context_basis: str = "modelled"
+    bandwidth_bytes_per_s: int | None = None
+    bf16_flops_per_s: int | None = None  # dense, tensor cores; None before Ampere
+    fp16_flops_per_s: int | None = None
+    pcie_bytes_per_s: int | None = None
+    driver: str | None = None
+    source: str = "file"  # file | nvml
+    sources: tuple[tuple[str, str], ...] = ()
+
+
+# ------------------------------------------------------------------------------------------------- the prediction
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """A tensor that lives on the card at some time. `group` is the ledger's: weights, adapter, optimizer, ..."""
+
+    name: str
+    module: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+    group: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Birth (`alloc`) or death of the tensor with this id, in the order in which the libraries do it."""
+
+    phase: str
+    alloc: bool
+    tensor: int  # index into Timeline.tensors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """One steady optimizer step, played out; what is resident before it is born in phase "resident"."""
+
+    tensors: tuple[TensorInfo, ...]
+    events: tuple[Event, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One row of the ledger: what is on the card at the highest point, and why it has that size."""
+
+    key: str  # stable, dotted: "weights.nf4"
+    label: str
+    bytes: int
+    formula: str
+    basis: str = "exact"
+    group: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhasePeak:
+    name: str  # load | prepare | forward | loss | backward | optimizer
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resident:
+    """`torch.cuda.memory_allocated()` after loading, after `prepare_model_for_kbit_training`, after LoRA."""
+
+    loaded_bytes: int
+    prepared_bytes: int
+    with_lora_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peak:
+    """The highest point of a steady step.
+
+    `allocated_bytes` is `max_memory_allocated()`; `reserved_bytes` is `max_memory_reserved()` with room to spare;
+    `minimum_bytes` the smallest allocator cap under which the run survives; `device_bytes` that plus the CUDA context.
+    """
+
+    allocated_bytes: int
+    phase: str
+    reserved_bytes: int
+    minimum_bytes: int
+    device_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ledger:
+    """The answer of `estimate`. The lines add up to `peak.device_bytes`; those of basis exact to the allocated peak."""
+
+    model: ModelSpec
+    run: RunSpec
+    trainable_parameters: int
+    total_parameters: int
+    resident: Resident
+    peak: Peak
+    phases: tuple[PhasePeak, ...]
+    lines: tuple[Line, ...]
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuVerdict:
+    """One card held against a ledger. `max_*` keep everything else as asked; 0 when not even 1 fits."""
+
+    gpu: str
+    usable_bytes: int
+    verdict: str
+    max_batch_size: int
+    max_seq_len: int
+    tokens_per_s: int | None = None  # modelled
+
+
+# ------------------------------------------------------------------------------------------------------- the plan
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One combination that the search priced."""
+
+    levers: Levers
+    micro_batch_size: int
+    accumulation: int
+    device_bytes: int
+    verdict: str
+    tokens_per_s: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A run with everything chosen, and why. `micro_batch_size * accumulation` is the effective batch, exactly."""
+
+    run: RunSpec
+    ledger: Ledger
+    gpu: GpuProfile
+    effective_batch_size: int
+    budget_bytes: int
+    headroom_bytes: int
+    verdict: str
+    reason: str
+    candidates: tuple[Candidate, ...] = ()
+    advice: tuple[str, ...] = ()  # when it does not fit: the smallest changes that would, nearest first
+    verified: bool = False  # a probe on the real card ran it
+
+
+# ------------------------------------------------------------------------------------------------ what happened
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredPhase:
+    """Measured bytes of one phase; None where the machine cannot say (a CPU has no device allocator).
+
+    `allocated_bytes` is what was allocated at the phase's end, `peak_bytes` the most during it.
+    """
+
+    name: str
+    allocated_bytes: int | None = None
+    peak_bytes: int | None = None
+    reserved_bytes: int | None = None
+    process_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What a run really used, and how it ended."""
+
+    device: str  # cpu | cuda
+    device_name: str
+    versions: tuple[tuple[str, str], ...]
+    phases: tuple[MeasuredPhase, ...]
+    trainable_parameters: int
+    steps: int
+    tokens: int
+    tokens_per_s: float
+    ended: str  # finished | interrupted | oom | error
+    alloc_retries: int | None = None
+    first_loss: float | None = None
+    last_loss: float | None = None
+    eval_loss_before: float | None = None
+    eval_loss_after: float | None = None
+    lines: tuple[Line, ...] = ()  # resident tensors counted one by one after step 1; keys as in the ledger
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OomEvidence:
+    """The numbers in an out-of-memory report. None: the report does not say."""
+
+    message: str
+    requested_bytes: int | None = None
+    gpu_index: int | None = None
+    total_bytes: int | None = None
+    free_bytes: int | None = None
+    allowed_bytes: int | None = None
+    process_bytes: int | None = None
+    allocated_bytes: int | None = None
+    reserved_unallocated_bytes: int | None = None
+    others: tuple[GpuProcess, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fix:
+    """A changed run, priced in full. `command` can be pasted."""
+
+    title: str
+    run: RunSpec
+    device_bytes: int
+    saves_bytes: int
+    fits: bool | None
+    changes_training: bool = False
+    command: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diagnosis:
+    evidence: OomEvidence
+    causes: tuple[str, ...]
+    fixes: tuple[Fix, ...]

@@ -1,0 +1,158 @@
+"""The tables of `estimate`: a verdict, the ledger that adds up, and cards held against it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TextIO
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vramplan.core.types import GpuVerdict, Ledger
+from vramplan.core.units import human
+from vramplan.report import tables
+from vramplan.report.rows import LINE, SUBTOTAL, TOTAL, Row, Scale, ledger_rows
+
+
+def show_estimate(
+    stream: TextIO, ledger: Ledger, verdicts: Sequence[GpuVerdict] = (), *, width: int | None = None
+) -> None:
+    """Verdict first, then the ledger, then the cards."""
+    screen = tables.console(stream, width)
+    text, verdict = headline(ledger, verdicts)
+    tables.sentence(screen, text, verdict)
+    screen.print(Text(run_line(ledger), style="dim"))
+    screen.print()
+    screen.print(ledger_table(screen, ledger))
+    if any(line.basis == "modelled" and line.bytes for line in ledger.lines):
+        screen.print(Text("~ modelled; everything else is counted exactly", style="dim"))
+    if verdicts:
+        screen.print()
+        screen.print(gpu_table(screen, verdicts))
+        if any(verdict.tokens_per_s is not None for verdict in verdicts):
+            screen.print(Text("~ tokens/s is modelled, not measured", style="dim"))
+    tables.command(screen, *next_step(ledger, verdicts))
+
+
+def headline(ledger: Ledger, verdicts: Sequence[GpuVerdict]) -> tuple[str, str]:
+    """The one sentence to act on, and the verdict that colours it ("" without a single card)."""
+    need = ledger.peak.device_bytes
+    if not verdicts:
+        return f"Needs {human(need)} of one GPU, {human(ledger.peak.allocated_bytes)} of it tensors at the peak.", ""
+    if len(verdicts) > 1:
+        fitting = [verdict for verdict in verdicts if verdict.verdict != "does_not_fit"]
+        if not fitting:
+            return f"Does not fit: none of the {len(verdicts)} cards holds {human(need)}.", "does_not_fit"
+        smallest = min(fitting, key=lambda verdict: verdict.usable_bytes)
+        tail = f"the smallest that does is {smallest.gpu} ({human(smallest.usable_bytes)} usable)."
+        return f"Fits {len(fitting)} of {len(verdicts)} cards: {tail}", "fits"
+    return one_card(need, verdicts[0]), verdicts[0].verdict
+
+
+def one_card(need: int, verdict: GpuVerdict) -> str:
+    """The verdict on one card as a sentence."""
+    spare = verdict.usable_bytes - need
+    of = f"{human(need)} of the {human(verdict.usable_bytes)} usable on {verdict.gpu}"
+    if verdict.verdict == "does_not_fit":
+        largest = (
+            f"the largest batch that fits is {verdict.max_batch_size}."
+            if verdict.max_batch_size
+            else f"at batch 1, {verdict.max_seq_len} tokens would."
+            if verdict.max_seq_len
+            else "not even batch 1 would."
+        )
+        return f"Does not fit: {of}, {human(max(-spare, 0))} too much; {largest}"
+    return f"{tables.VERDICT_WORDS[verdict.verdict].capitalize()}: {of}, {human(max(spare, 0))} to spare."
+
+
+def run_line(ledger: Ledger) -> str:
+    """What was asked, on one line."""
+    run = ledger.run
+    accumulation = f" x {run.accumulation} accumulated" if run.accumulation > 1 else ""
+    targets = ",".join(run.lora.targets)
+    return (
+        f"{ledger.model.name}, {run.micro_batch_size} x {run.seq_len} tokens{accumulation}, "
+        f"r={run.lora.r} on {targets}, recipe {run.recipe}"
+    )
+
+
+def next_step(ledger: Ledger, verdicts: Sequence[GpuVerdict]) -> tuple[str, str]:
+    """The command that goes on from here, and what it is for."""
+    run = ledger.run
+    if not verdicts:
+        return "Which cards hold it:", f"vramplan estimate {run.model} --gpu all"
+    batch = max(run.micro_batch_size * run.accumulation, 16)
+    fitting = [verdict.gpu for verdict in verdicts if verdict.verdict != "does_not_fit"]
+    card = fitting[0] if fitting else verdicts[0].gpu
+    return "Levers and micro-batch for a card:", f"vramplan fit {run.model} --effective-batch-size {batch} --gpu {card}"
+
+
+def ledger_table(screen: Console, ledger: Ledger) -> Table:
+    """The ledger: a bar per line, subtotals that are the sums of what is printed, formulas where there is room."""
+    scale, rows = ledger_rows(ledger)
+    wide = screen.width >= tables.WIDE
+    table = tables.plain_table(screen)
+    tables.add_text(table, f"at the peak ({ledger.peak.phase})", screen, max_width=44 if wide else None)
+    tables.add_number(table, scale.unit)
+    tables.add_number(table, "share")
+    tables.add_text(table, "", screen)
+    if wide:
+        tables.add_text(table, "formula", screen, ratio=1)
+        table.expand = True
+    barred = [row for row in rows if row.basis]
+    longest = max((row.share for row in barred), default=0.0) or 1.0
+    bar_width = 12 if wide else _bar_width(screen, rows)
+    for row in rows:
+        if row.kind in (SUBTOTAL, TOTAL):
+            table.add_section()
+        drawn = tables.bar(row.share / longest, bar_width, ascii_only=tables.is_ascii(screen)) if row.basis else ""
+        cells = [
+            _label(row),
+            _number(row, scale),
+            Text(tables.percent(row.share), style=_weight(row)),
+            Text(drawn, style=tables.GROUP_COLOURS.get(row.group, "")),
+        ]
+        table.add_row(*cells, *([Text(row.formula, style="dim")] if wide else []))
+    return table
+
+
+def _bar_width(screen: Console, rows: list[Row]) -> int:
+    label = max(len(row.label) for row in rows) + 3
+    return max(min(screen.width - label - 22, 30), 6)
+
+
+def _weight(row: Row) -> str:
+    return "" if row.kind == LINE else "bold"
+
+
+def _label(row: Row) -> Text:
+    if row.kind == LINE:
+        return Text("  " + row.label)
+    return Text(row.label, style=f"bold {tables.GROUP_COLOURS.get(row.group, '')}".strip())
+
+
+def _number(row: Row, scale: Scale) -> Text:
+    mark = "~" if row.basis == "modelled" else ""
+    return Text(mark + scale.text(row.steps), style=_weight(row))
+
+
+def gpu_table(screen: Console, verdicts: Sequence[GpuVerdict]) -> Table:
+    """Cards against the run, smallest first."""
+    table = tables.plain_table(screen)
+    tables.add_text(table, "card", screen)
+    tables.add_number(table, "usable GiB")
+    tables.add_text(table, "verdict", screen)
+    for title in ("max batch", "max seq", "tokens/s"):
+        tables.add_number(table, title)
+    for verdict in sorted(verdicts, key=lambda verdict: (verdict.usable_bytes, verdict.gpu)):
+        speed = "-" if verdict.tokens_per_s is None else f"~{verdict.tokens_per_s:,}"
+        table.add_row(
+            verdict.gpu,
+            f"{verdict.usable_bytes / 2**30:.2f}",
+            tables.verdict_text(verdict.verdict),
+            tables.count(verdict.max_batch_size),
+            tables.count(verdict.max_seq_len),
+            speed,
+        )
+    return table

@@ -1,0 +1,128 @@
+"""The tables of `fit`: the verdict, the chosen levers, and what else was priced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TextIO
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from vramplan.core.types import Candidate, Levers, Plan
+from vramplan.core.units import GIB, human
+from vramplan.report import tables
+
+SHOWN = 8  # candidates in the table
+
+
+def show_fit(stream: TextIO, plan: Plan, *, written: str | None = None, width: int | None = None) -> None:
+    """Verdict first; then what was chosen and what else there was, or the smallest changes that would fit."""
+    screen = tables.console(stream, width)
+    tables.sentence(screen, headline(plan), plan.verdict)
+    if plan.reason:
+        screen.print(Text(plan.reason, style="dim"))
+    if plan.verdict == "does_not_fit":
+        if plan.advice:
+            screen.print()
+            tables.sentence(screen, "What would fit, smallest change first:")
+            for advice in plan.advice:
+                screen.print(Text(f"  - {advice}"))
+    else:
+        screen.print()
+        screen.print(choice_table(screen, plan))
+    if plan.candidates:
+        screen.print()
+        screen.print(candidate_table(screen, plan.candidates, plan))
+        left = len(plan.candidates) - SHOWN
+        more = f"; {left} more were priced" if left > 0 else ""
+        screen.print(Text(f"~ tokens/s is modelled, not measured{more}", style="dim"))
+    if plan.verdict != "does_not_fit":
+        tables.command(screen, "To run it:", f"vramplan train {written or 'plan.json'} --data FILE")
+        if written is None:
+            screen.print(Text("(-o plan.json writes the plan)", style="dim"))
+
+
+def headline(plan: Plan) -> str:
+    """The sentence to act on."""
+    need, usable = plan.ledger.peak.device_bytes, plan.budget_bytes
+    of = f"{human(need)} of the {human(usable)} usable on {plan.gpu.key}"
+    if plan.verdict == "does_not_fit":
+        return f"Does not fit: even the leanest plan takes {of}, {human(max(need - usable, 0))} too much."
+    return f"{tables.VERDICT_WORDS[plan.verdict].capitalize()}: {batch_text(plan)}, {of}."
+
+
+def batch_text(plan: Plan) -> str:
+    """ "4 x 4 accumulated = 16"."""
+    run = plan.run
+    return f"{run.micro_batch_size} x {run.accumulation} accumulated = effective batch {plan.effective_batch_size}"
+
+
+def choice_table(screen: Console, plan: Plan) -> Table:
+    """What was chosen, by the flags that would say it."""
+    run, levers = plan.run, plan.run.levers
+    table = tables.plain_table(screen)
+    tables.add_text(table, "chosen", screen)
+    tables.add_text(table, "", screen)
+    rows = (
+        ("--batch-size", str(run.micro_batch_size)),
+        ("--accumulation", str(run.accumulation)),
+        ("--seq-len", f"{run.seq_len}"),
+        ("--checkpointing", levers.checkpointing + (", offloaded" if levers.checkpoint_offload else "")),
+        ("--loss", levers.loss),
+        ("--optim", levers.optimizer),
+        ("--attn", levers.attention),
+        ("--upcast", levers.upcast),
+        ("--allocator", levers.allocator),
+        ("--lora-r", f"{run.lora.r} on {','.join(run.lora.targets)}"),
+    )
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def candidate_table(screen: Console, candidates: Sequence[Candidate], plan: Plan) -> Table:
+    """The combinations that were priced, the chosen one marked; levers are named where they differ from it."""
+    table = tables.plain_table(screen)
+    tables.add_text(table, "", screen)
+    tables.add_number(table, "batch")
+    tables.add_text(table, "levers", screen)
+    tables.add_number(table, "GiB")
+    tables.add_text(table, "verdict", screen)
+    tables.add_number(table, "tokens/s")
+    for candidate in shown(candidates, plan):
+        chosen = is_chosen(candidate, plan)
+        speed = "-" if candidate.tokens_per_s is None else f"~{candidate.tokens_per_s:,}"
+        table.add_row(
+            ">" if chosen else "",
+            f"{candidate.micro_batch_size} x {candidate.accumulation}",
+            levers_text(candidate.levers),
+            f"{candidate.device_bytes / GIB:.2f}",
+            tables.verdict_text(candidate.verdict),
+            speed,
+            style="bold" if chosen else "",
+        )
+    return table
+
+
+def shown(candidates: Sequence[Candidate], plan: Plan) -> list[Candidate]:
+    """The first few in the search's order, the chosen one always among them."""
+    head = list(candidates[:SHOWN])
+    chosen = next((candidate for candidate in candidates if is_chosen(candidate, plan)), None)
+    if chosen is not None and chosen not in head:
+        head[-1] = chosen
+    return head
+
+
+def is_chosen(candidate: Candidate, plan: Plan) -> bool:
+    """True for the combination that the plan took."""
+    run = plan.run
+    same = (run.levers, run.micro_batch_size, run.accumulation)
+    taken = (candidate.levers, candidate.micro_batch_size, candidate.accumulation) == same
+    return taken and plan.verdict != "does_not_fit"
+
+
+def levers_text(levers: Levers) -> str:
+    """The levers that a search turns, in few words."""
+    offload = " offload" if levers.checkpoint_offload else ""
+    return f"ckpt {levers.checkpointing}{offload}, {levers.loss} loss"

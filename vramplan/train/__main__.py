@@ -1,0 +1,116 @@
+"""`python -m vramplan.train RUN_DIR [--resume]`: the training child.
+
+Reads RUN_DIR/run.json and writes progress.jsonl, measurement.jsonl, log.txt, checkpoints/ and adapter/. Exit codes:
+0 finished, 1 our error, 2 bad input, 4 out of memory, 130 interrupted (state saved). torch is imported only after
+run.json is read and the process environment is set: the CUDA allocator reads its settings once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from vramplan.core.types import RunSpec
+from vramplan.errors import BAD_INPUT, OK, VramplanError
+from vramplan.sources import records
+from vramplan.train.outcome import Outcome, StopSignal, outcome_of
+from vramplan.train.progress import Lock, Progress
+
+USAGE = "usage: python -m vramplan.train RUN_DIR [--resume]"
+
+
+def main(arguments: list[str]) -> int:
+    resume = "--resume" in arguments
+    folders = [a for a in arguments if a != "--resume"]
+    if len(folders) != 1 or folders[0].startswith("-"):
+        print(USAGE, file=sys.stderr)
+        return BAD_INPUT
+    run_dir = Path(folders[0]).absolute()
+    if not run_dir.is_dir():
+        print(f"error: {run_dir} is not a folder ({USAGE})", file=sys.stderr)
+        return BAD_INPUT
+    try:
+        with Lock(run_dir), _output_in(run_dir / "log.txt") as console:
+            return _run(run_dir, resume, console)
+    except (VramplanError, OSError) as error:  # the folder is in use or cannot be written: leave it alone
+        return _say(outcome_of(error), sys.stderr)
+
+
+def _run(run_dir: Path, resume: bool, console: TextIO) -> int:
+    progress = Progress(run_dir / "progress.jsonl")
+    try:
+        stop = StopSignal()
+        run = records.read_json(run_dir / "run.json", RunSpec)
+        set_environment(run)
+        from vramplan.train.finetune import finetune  # imports torch
+
+        message = finetune(run, run_dir, resume=resume, progress=progress, stop=stop)
+        outcome = Outcome("finished", OK, message)
+    except BaseException as error:
+        outcome = outcome_of(error)
+        traceback.print_exc()  # goes to log.txt
+    fields = {"ended": outcome.ended, "exit_code": outcome.exit_code}
+    try:
+        progress("end", **fields, message=outcome.message, hint=outcome.hint)
+    except OSError:  # the disk is full: the exit code and the line below still say how it ended
+        traceback.print_exc()
+    return _say(outcome, console)
+
+
+def set_environment(run: RunSpec) -> None:
+    """Settings that must stand before torch is imported. What the user has set himself stays."""
+    if run.levers.allocator == "expandable":
+        # The older name is the one that every version of torch obeys.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # One card: transformers' Trainer would otherwise multiply the batch by the number of visible ones.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+@contextmanager
+def _output_in(log: Path) -> Iterator[TextIO]:
+    """Sends everything that this process prints, C libraries included, to `log`; yields the console of before.
+
+    When the launcher has already connected stdout and stderr to the log, nothing changes.
+    """
+    descriptor = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
+    if os.path.sameopenfile(descriptor, 2):
+        os.close(descriptor)
+        yield sys.stderr
+        return
+    saved = os.dup(1), os.dup(2)
+    try:
+        _connect(descriptor, descriptor)
+        with os.fdopen(os.dup(saved[1]), "w", buffering=1) as console:
+            yield console
+    finally:
+        _connect(*saved)
+        for each in (descriptor, *saved):
+            os.close(each)
+
+
+def _connect(stdout: int, stderr: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(stdout, 1)
+    os.dup2(stderr, 2)
+
+
+def _say(outcome: Outcome, console: TextIO) -> int:
+    """The one line on the console."""
+    word = {"finished": "done", "interrupted": "interrupted", "oom": "out of memory"}.get(outcome.ended, "error")
+    hint = f" ({outcome.hint})" if outcome.hint else ""
+    print(f"{word}: {outcome.message}{hint}", file=console)
+    return outcome.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+
+

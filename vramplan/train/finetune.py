@@ -1,0 +1,187 @@
+"""One fine-tuning run from top to bottom: tokenizer, data, 4-bit model, LoRA, training, adapter, measurement."""
+
+from __future__ import annotations
+
+import os
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from vramplan.core.types import RunSpec
+from vramplan.errors import InputError
+from vramplan.sources import records
+from vramplan.train import data
+from vramplan.train.fused_loss import Head, head_of
+from vramplan.train.load import load_model, load_tokenizer, resolve
+from vramplan.train.lora import add_lora, prepare
+from vramplan.train.meter import Meter
+from vramplan.train.outcome import Interrupted, StopSignal, outcome_of
+from vramplan.train.progress import Progress
+from vramplan.train.saving import clean, newest_checkpoint, save_adapter
+from vramplan.train.trainer import AlreadyDone, QloraTrainer, Reporter, training_arguments, usable_optimizer
+
+SAMPLE_TOKENS = 40
+CHECK_TOKENS = 16  # length of the batch on which the fused loss is compared with the model's own
+
+
+def finetune(run: RunSpec, run_dir: Path, *, resume: bool, progress: Progress, stop: StopSignal) -> str:
+    """Runs the whole and returns the last line for the user. Every ending leaves a Measurement, failures raise."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    meter = Meter(device)
+    ended, message = "finished", ""
+    try:
+        message = _finetune(run, run_dir, meter, resume=resume, progress=progress, stop=stop)
+        return message
+    except BaseException as error:
+        outcome = outcome_of(error)
+        ended, message = outcome.ended, outcome.message
+        raise
+    finally:
+        records.append_jsonl(run_dir / "measurement.jsonl", meter.measurement(ended, message))
+
+
+def _finetune(
+    run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progress: Progress, stop: StopSignal
+) -> str:
+    _refuse_what_is_not_built(run)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.set_seed(run.schedule.seed)
+    checkpoints = run_dir / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    for folder in (run_dir, checkpoints):
+        clean(folder)
+    checkpoint = newest_checkpoint(checkpoints, progress.warning)
+    if checkpoint is not None and not resume:
+        raise InputError(f"{run_dir} already holds {checkpoint.name}", "add --resume, or choose another folder")
+    if checkpoint is None and resume:
+        progress.warning("there is no checkpoint to resume from: training starts at step 0")
+
+    # The tokenizer and the data come first: they fail in seconds, the model loads for minutes.
+    progress.phase("data", f"reading {run.data.path if run.data else 'no data'}")
+    source = resolve(run, run_dir)
+    tokenizer = load_tokenizer(run, source)
+    splits = data.build(run, tokenizer, report=progress.report)
+
+    progress.phase("load", f"loading {run.model} in 4 bits on {meter.device.type}")
+    model = load_model(run, source, meter.device, progress.warning)
+    meter.phase("loaded")
+    _check_vocabulary(model, tokenizer, splits)
+
+    progress.phase("prepare", f"upcast {run.levers.upcast}, checkpointing {run.levers.checkpointing}")
+    model = prepare(model, run.levers, meter.device, progress.warning)
+    meter.phase("prepared")
+
+    progress.phase("lora", f"r={run.lora.r} on {', '.join(run.lora.targets)}")
+    model = add_lora(model, run.lora)
+    meter.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    meter.phase("with_lora")
+
+    head = head_of(model.get_base_model()) if run.levers.loss == "fused" else None
+    optimizer = usable_optimizer(run.levers.optimizer, meter.device, progress)
+    trainer = QloraTrainer(
+        head=head,
+        meter=meter,
+        model=model,
+        args=training_arguments(run, run_dir, meter.device, optimizer),
+        train_dataset=splits.train,
+        data_collator=data.Collator(tokenizer.pad_token_id, run.seq_len),
+    )
+    trainer.add_callback(Reporter(trainer, progress, stop, splits.examples))
+    if head is not None:
+        check_fused_loss(trainer, head, splits.train[0]["input_ids"])
+
+    if splits.eval is not None and checkpoint is None:
+        progress.phase("eval", "held-out loss before training")
+        meter.eval_loss_before = _evaluate(trainer, splits.eval, progress)
+
+    progress.phase("train", f"optimizer {optimizer}")
+    _train(trainer, checkpoint, stop)
+
+    if stop.asked and trainer.state.global_step == 0:
+        raise Interrupted("stopped before the first step; nothing to save")
+    progress.phase("save", f"writing {run_dir / 'adapter'}")
+    save_adapter(model, tokenizer, source, run_dir / "adapter")
+    if stop.asked:
+        raise Interrupted(f"stopped after step {trainer.state.global_step}; checkpoint and adapter are saved")
+
+    if splits.eval is not None:
+        progress.phase("eval", "held-out loss after training")
+        meter.eval_loss_after = _evaluate(trainer, splits.eval, progress)
+    prompt = os.environ.get("VRAMPLAN_SAMPLE_PROMPT")
+    if prompt:
+        progress("sample", text=sample(model, tokenizer, prompt, SAMPLE_TOKENS))
+    return f"{trainer.state.global_step} steps, adapter in {run_dir / 'adapter'}"
+
+
+def _refuse_what_is_not_built(run: RunSpec) -> None:
+    if run.levers.resident_layers is not None:
+        raise InputError("streaming layers from the host is not built yet", "leave resident_layers out")
+
+
+def _check_vocabulary(model: Any, tokenizer: Any, splits: Any) -> None:
+    """A token the embedding has no row for would end as an assertion inside a kernel. Looked for only if possible."""
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) <= rows:
+        return
+    for split in (splits.train, splits.eval):
+        for index in range(len(split) if split is not None else 0):
+            if max(split[index]["input_ids"]) >= rows:
+                raise InputError(f"the tokenizer makes tokens of {len(tokenizer)}, the model knows only {rows}")
+
+
+def check_fused_loss(trainer: QloraTrainer, head: Head, tokens: list[int]) -> None:
+    """Compare the fused loss with the model's own on a small padded batch; InputError if they differ.
+
+    The head's formula is read from the config; an architecture that does something else with its logits shows here.
+    """
+    long, short = list(tokens)[:CHECK_TOKENS], list(tokens)[: max(CHECK_TOKENS // 2, 2)]
+    rows = [{"input_ids": t, "labels": t, "attention_mask": [1] * len(t)} for t in (long, short)]
+    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+    trainer.model.eval()
+    with torch.no_grad(), trainer.accelerator.autocast():
+        own = float(trainer.model(**inputs).loss)
+        fused = float(trainer.fused_loss(inputs, None))
+    if not abs(own - fused) <= 0.01 + 0.01 * abs(own):
+        name = type(trainer.model.get_base_model()).__name__
+        raise InputError(
+            f"the fused loss does not reproduce {name}'s own ({fused:.4f} against {own:.4f})", "train with --loss full"
+        )
+
+
+def _evaluate(trainer: QloraTrainer, dataset: Any, progress: Progress) -> float | None:
+    loss = trainer.evaluation_loss(dataset)
+    progress("eval", step=trainer.state.global_step, loss=loss)
+    if isfinite(loss):
+        return loss
+    progress.warning(f"the held-out loss is {loss}")
+    return None
+
+
+def _train(trainer: QloraTrainer, checkpoint: Path | None, stop: StopSignal) -> None:
+    stop.training = True
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except AlreadyDone:
+        pass
+    finally:
+        stop.training = False
+
+
+def sample(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
+    """The prompt and its continuation, greedy. A chat model gets the prompt as a user's message."""
+    if tokenizer.chat_template:
+        message = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = {k: v.to(model.device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+    model.eval()
+    with torch.no_grad():
+        output = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, pad_token_id=tokenizer.pad_token_id
+        )
+    text = tokenizer.decode(output[0], skip_special_tokens=True)
+    return str(text)

@@ -1,0 +1,229 @@
+"""What the run really used: phases, peaks, resident tensors one by one, speed. Ends as one `Measurement`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vramplan.core.types import Line, MeasuredPhase, Measurement
+from vramplan.core.units import round_up
+
+GRANULARITY = 512  # the CUDA caching allocator rounds every tensor up to this
+STEP_PHASES = ("forward", "backward", "optimizer")
+LABELS = {
+    "weights.nf4": "packed 4-bit weights",
+    "weights.constants": "quantisation constants",
+    "weights.embeddings": "input embedding",
+    "weights.lm_head": "output layer",
+    "weights.other": "norms, biases, buffers",
+    "adapter.lora": "LoRA A and B",
+    "adapter.gradients": "LoRA gradients",
+    "optimizer.state": "optimizer state",
+    "optimizer.paged": "optimizer state in managed memory, outside torch's allocator",
+}
+
+
+class Meter:
+    """Collects one run's numbers. On a CPU every byte of a phase is None: there is no device allocator to ask."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cuda = device.type == "cuda"
+        self.phases: list[MeasuredPhase] = []
+        self.lines: tuple[Line, ...] = ()
+        self.trainable_parameters = 0
+        self.steps = self.tokens = 0
+        self.busy_s, self.busy_tokens = 0.0, 0  # of the steps after the first, which warms up
+        self.first_loss: float | None = None
+        self.last_loss: float | None = None
+        self.eval_loss_before: float | None = None
+        self.eval_loss_after: float | None = None
+        self._open: dict[str, int] = {}  # phase -> peak of the step in progress
+        self._step: dict[str, int] = {}  # phase -> peak of the last whole step
+
+    # ------------------------------------------------------------------------------------------------ phases
+    def phase(self, name: str) -> None:
+        """The state now, at the end of a phase; its peak is the highest point since the phase before."""
+        if not self.cuda:
+            self.phases.append(MeasuredPhase(name=name))
+            return
+        self.phases.append(
+            MeasuredPhase(
+                name=name,
+                allocated_bytes=torch.cuda.memory_allocated(self.device),
+                peak_bytes=torch.cuda.max_memory_allocated(self.device),
+                reserved_bytes=torch.cuda.memory_reserved(self.device),
+                process_bytes=self.process_bytes(),
+            )
+        )
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def open(self) -> None:
+        """A micro-step begins."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def close(self, phase: str) -> None:
+        """A phase of the step ends: keep its peak, the highest over the micro-steps."""
+        if self.cuda:
+            peak = torch.cuda.max_memory_allocated(self.device)
+            self._open[phase] = max(self._open.get(phase, 0), peak)
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def end_step(self) -> None:
+        self._step, self._open = self._open or self._step, {}
+
+    def peak_bytes(self) -> int | None:
+        """The highest point of the last whole step."""
+        return max(self._step.values(), default=None) if self.cuda else None
+
+    def reserved_bytes(self) -> int | None:
+        return torch.cuda.memory_reserved(self.device) if self.cuda else None
+
+    def process_bytes(self) -> int | None:
+        """What the driver counts for this process; None where it does not say (no NVML, containers, WSL)."""
+        try:
+            text = torch.cuda.list_gpu_processes(self.device)
+        except Exception:  # NVML fails in as many ways as there are drivers
+            return None
+        match = re.search(rf"process\s+{os.getpid()} uses\s+([\d.]+) MB", text)
+        return round(float(match[1]) * 2**20) if match else None
+
+    # ------------------------------------------------------------------------------------------------- result
+    def tokens_per_s(self) -> float:
+        return self.busy_tokens / self.busy_s if self.busy_s else 0.0
+
+    def measurement(self, ended: str, message: str = "") -> Measurement:
+        """Everything so far. Also after an error: then the peaks of the step that failed are in it."""
+        retries = torch.cuda.memory_stats(self.device).get("num_alloc_retries") if self.cuda else None
+        return Measurement(
+            device=self.device.type,
+            device_name=torch.cuda.get_device_name(self.device) if self.cuda else platform.processor() or "cpu",
+            versions=versions(),
+            phases=(*self.phases, *self._step_phases()),
+            trainable_parameters=self.trainable_parameters,
+            steps=self.steps,
+            tokens=self.tokens,
+            tokens_per_s=self.tokens_per_s(),
+            ended=ended,
+            alloc_retries=retries,
+            first_loss=self.first_loss,
+            last_loss=self.last_loss,
+            eval_loss_before=self.eval_loss_before,
+            eval_loss_after=self.eval_loss_after,
+            lines=self.lines,
+            message=message,
+        )
+
+    def _step_phases(self) -> Iterator[MeasuredPhase]:
+        if not self.cuda:
+            return
+        peaks = dict(self._step or self._open)
+        for name in STEP_PHASES:
+            if name in peaks:
+                yield MeasuredPhase(name=name, peak_bytes=peaks[name])
+        now = max(torch.cuda.max_memory_allocated(self.device), *self._open.values(), 0)
+        yield MeasuredPhase(
+            name="step",
+            allocated_bytes=torch.cuda.memory_allocated(self.device),
+            peak_bytes=max(peaks.values(), default=now),
+            reserved_bytes=torch.cuda.memory_reserved(self.device),
+            process_bytes=self.process_bytes(),
+        )
+
+
+# --------------------------------------------------------------------------------------- tensors, one by one
+def count_lines(model: Any, optimizer: Any, device: torch.device) -> tuple[Line, ...]:
+    """The resident tensors on `device`, counted one by one, each rounded up to 512 bytes, shared storage once.
+
+    Gradients count as large as their parameters: after a step they are already freed again.
+    """
+    seen: set[int] = set()
+    totals: dict[str, tuple[int, int]] = {}
+
+    def add(key: str, tensors: Iterable[Tensor | None]) -> None:
+        for tensor in tensors:
+            if tensor is None or tensor.device.type != device.type:
+                continue
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() in seen or storage.nbytes() == 0:
+                continue
+            seen.add(storage.data_ptr())
+            size, count = totals.get(key, (0, 0))
+            totals[key] = size + round_up(storage.nbytes(), GRANULARITY), count + 1
+
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if type(weight).__name__ == "Params4bit":
+            add("weights.nf4", [weight])
+            add("weights.constants", _constants(weight.quant_state))
+    add("weights.embeddings", _parameters(model.get_input_embeddings()))
+    add("weights.lm_head", _parameters(model.get_output_embeddings()))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    add("adapter.lora", trained)
+    add("weights.other", model.parameters())
+    add("weights.other", model.buffers())
+    gradients = sum(round_up(p.numel() * p.element_size(), GRANULARITY) for p in trained)
+    totals["adapter.gradients"] = gradients, len(trained)
+    paged, plain = _state_tensors(optimizer)
+    add("optimizer.state", plain)
+    add("optimizer.paged", paged)
+    return tuple(_line(key, *totals[key]) for key in LABELS if key in totals)
+
+
+def _line(key: str, size: int, count: int) -> Line:
+    return Line(
+        key=key,
+        label=LABELS[key],
+        bytes=size,
+        formula=f"{count} tensors",
+        basis="measured",
+        group=key.partition(".")[0],
+    )
+
+
+def _parameters(module: nn.Module | None) -> list[Tensor]:
+    return [] if module is None else list(module.parameters())
+
+
+def _constants(state: Any) -> list[Tensor | None]:
+    nested = state.state2
+    tensors = [state.absmax, state.code, state.offset]
+    return tensors if nested is None else [*tensors, nested.absmax, nested.code]
+
+
+def _state_tensors(optimizer: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The optimizer's tensors: (in managed memory, ordinary). Step counters of no dimension on the host are no state."""
+    paged: list[Tensor] = []
+    plain: list[Tensor] = []
+    for state in optimizer.state.values():
+        for value in state.values():
+            if not isinstance(value, Tensor) or (value.dim() == 0 and value.device.type == "cpu"):
+                continue
+            (paged if getattr(value, "is_paged", False) else plain).append(value)
+    return paged, plain
+
+
+# ------------------------------------------------------------------------------------------------------ versions
+def versions() -> tuple[tuple[str, str], ...]:
+    """(name, version) of everything that decides the bytes."""
+    found = [("python", platform.python_version())]
+    for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate"):
+        try:
+            found.append((name, metadata.version(name)))
+        except metadata.PackageNotFoundError:  # built from source, on the path only
+            found.append((name, "unknown"))
+    if torch.version.cuda:
+        found.append(("cuda", torch.version.cuda))
+    driver = Path("/sys/module/nvidia/version")
+    if driver.is_file():
+        found.append(("driver", driver.read_text().strip()))
+    return tuple(found)

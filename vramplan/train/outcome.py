@@ -1,0 +1,89 @@
+"""How a run can end: every exception becomes one word, one exit code and one clear line. No torch here."""
+
+from __future__ import annotations
+
+import errno
+import signal
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from vramplan.errors import ENDED_IN_OOM, OUR_ERROR, MissingExtra, VramplanError
+
+INTERRUPTED_EXIT = 130
+TRAIN_MODULES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
+OOM_TEXTS = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed", "cannot allocate memory")
+OOM_CLASSES = ("OutOfMemoryError", "AcceleratorError", "RuntimeError", "MemoryError")
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM; the message says what was saved. Not an Exception: no library's `except` may swallow it."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    ended: str  # finished | interrupted | oom | error
+    exit_code: int
+    message: str
+    hint: str = ""
+
+
+def outcome_of(error: BaseException) -> Outcome:
+    """What an exception means to the user. The message is one line."""
+    if isinstance(error, VramplanError):
+        return Outcome("error", error.exit_code, error.message, error.hint)
+    if isinstance(error, (Interrupted, KeyboardInterrupt)):
+        return Outcome("interrupted", INTERRUPTED_EXIT, str(error) or "interrupted", "continue with --resume")
+    if is_out_of_memory(error):
+        return Outcome("oom", ENDED_IN_OOM, first_line(error), "ask `vramplan diagnose RUN_DIR` what would fit")
+    if is_disk_full(error):
+        return Outcome("error", OUR_ERROR, f"the disk is full: {first_line(error)}", "free space, then --resume")
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in TRAIN_MODULES:
+        missing = MissingExtra(f"training (no module named {error.name!r})")
+        return Outcome("error", missing.exit_code, missing.message, missing.hint)
+    return Outcome("error", OUR_ERROR, f"{type(error).__name__}: {first_line(error)}", "log.txt in the run folder has more")
+
+
+def first_line(error: BaseException, limit: int = 400) -> str:
+    """The first line of an exception's text that is not empty, cut to `limit` characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Told by class name and text: torch may not even be importable where this is asked."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if names & {"OutOfMemoryError", "MemoryError"}:
+        return True
+    text = str(error).lower()
+    return bool(names & set(OOM_CLASSES)) and any(known in text for known in OOM_TEXTS)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """ENOSPC or EDQUOT, also when a library (safetensors, torch.save) has wrapped it in an error of its own."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+            return True
+        if "No space left on device" in str(seen) or "Disk quota exceeded" in str(seen):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+class StopSignal:
+    """SIGINT and SIGTERM. While training they only set `asked`, so that the trainer ends the step and saves; at any
+    other time, and on the second signal, they raise Interrupted where the program stands."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.training = False
+        for name in ("SIGINT", "SIGTERM"):
+            signal.signal(getattr(signal, name), self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> Any:
+        if self.training and not self.asked:
+            self.asked = True
+            return
+        raise Interrupted(f"stopped by {signal.Signals(number).name}")
