@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("bitsandbytes")
 
 import train_tools  # noqa: E402
-from train_tools import events, make_model, make_run, make_text, measurement  # noqa: E402
+from train_tools import events, make_model, make_run, make_text, measurement, write_rows  # noqa: E402
 
 from vramplan.core.types import DataSpec, Levers, Lora, RunSpec, Schedule  # noqa: E402
 from vramplan.errors import InputError, VramplanError  # noqa: E402
@@ -31,12 +31,12 @@ from vramplan.train.trainer import QloraTrainer  # noqa: E402
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tiny")
-    make_model(root / "model", make_text(root / "text.txt"))
+    make_model(root / "model", make_text(root / "text.jsonl"))
     return root
 
 
 def spec(root: Path, recipe: str = "lean", **changes: Any) -> RunSpec:
-    return make_run(root / "model", root / "text.txt", recipe, **changes)
+    return make_run(root / "model", root / "text.jsonl", recipe, **changes)
 
 
 class StopAfter(Progress):
@@ -151,7 +151,7 @@ def test_plain_peft_reproduces_the_loss(root: Path, finished: tuple[Path, int, s
 
 def test_kill_and_resume_ends_where_the_whole_run_ends(root: Path, tmp_path: Path) -> None:
     schedule = Schedule(max_steps=14, learning_rate=5e-3, save_steps=3, warmup_ratio=0.0)
-    run = spec(root, schedule=schedule, lora=Lora(r=8, dropout=0.1), data=DataSpec(path=str(root / "text.txt")))
+    run = spec(root, schedule=schedule, lora=Lora(r=8, dropout=0.1), data=DataSpec(path=str(root / "text.jsonl")))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     tune(run, whole)
     killed.mkdir()
@@ -215,8 +215,7 @@ def test_both_recipes_learn_the_same(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("loss", ["fused", "full"])
 def test_accumulation_does_not_change_the_step(root: Path, tmp_path: Path, loss: str) -> None:
     """One batch of four and four of one weigh every token alike, whatever the lengths."""
-    text = tmp_path / "uneven.txt"
-    text.write_text("".join("the cat sat on a mat " * (1 + i % 4) + f"{i}\n" for i in range(12)))
+    text = write_rows(tmp_path / "uneven.jsonl", ["the cat sat on a mat " * (1 + i % 4) + str(i) for i in range(12)])
     levers = Levers(loss=loss, optimizer="sgd")
     data = DataSpec(path=str(text))
     for size in (4, 1):

@@ -32,12 +32,12 @@ def up(size: int) -> int:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tiny")
-    return make_model(root / "model", make_text(root / "text.txt"))
+    return make_model(root / "model", make_text(root / "text.jsonl"))
 
 
 @pytest.fixture
 def run(tiny: Path) -> RunSpec:
-    return make_run(tiny, tiny / "none.txt")
+    return make_run(tiny, tiny / "none.jsonl")
 
 
 def loaded(run: RunSpec, warnings: list[str] | None = None) -> Any:

@@ -20,10 +20,13 @@ WORDS = "the cat sat on a mat while old grey dogs ran over hills near quiet rive
 
 
 def make_text(path: Path, lines: int = 120) -> Path:
-    """Lines with a pattern that a model can learn in a few steps."""
-    with path.open("w") as file:
-        for i in range(lines):
-            file.write(" ".join(WORDS[(i + 3 * k) % len(WORDS)] for k in range(12)) + f" and {i % 7}.\n")
+    """JSON lines with a pattern that a model can learn in a few steps."""
+    texts = (" ".join(WORDS[(i + 3 * k) % len(WORDS)] for k in range(12)) + f" and {i % 7}." for i in range(lines))
+    return write_rows(path, list(texts))
+
+
+def write_rows(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
 
 

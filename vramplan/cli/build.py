@@ -48,8 +48,8 @@ def cards(names: tuple[str, ...]) -> list[tuple[GpuProfile, bool]]:
     found: dict[str, tuple[GpuProfile, bool]] = {}
     for name in sorted(names, key=lambda name: name == "all"):  # named cards first: the first is the chip assumed
         for key in gpu_names() if name == "all" else (name,):
-            if key not in found:
-                found[key] = (card(key), name != "all")
+            profile = card(key)
+            found.setdefault(profile.key, (profile, name != "all"))
     return list(found.values())
 
 

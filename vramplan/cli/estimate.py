@@ -9,6 +9,7 @@ import click
 
 from vramplan.cli import build, options
 from vramplan.cli.output import print_json
+from vramplan.core.types import GpuProfile, GpuVerdict, ModelSpec, RunSpec
 from vramplan.errors import DOES_NOT_FIT, OK
 
 EXAMPLE = "Example: vramplan estimate llama-3.1-8b --batch-size 4 --gpu rtx-4090 --gpu rtx-3090"
@@ -20,7 +21,6 @@ EXAMPLE = "Example: vramplan estimate llama-3.1-8b --batch-size 4 --gpu rtx-4090
 def command(**params: Any) -> int:
     """Predict the memory of fine-tuning MODEL: a built-in name, a Hub id, or a path to config.json or its folder."""
     from vramplan.core.ledger import estimate
-    from vramplan.core.plan import capacity
 
     build.not_yet(params, "trace")
     spec = build.model_spec(params)
@@ -28,7 +28,7 @@ def command(**params: Any) -> int:
     cards = build.cards(params["gpu"])
     chip = next((card for card, named in cards if named), None)
     ledger = estimate(spec, run, chip)
-    verdicts = tuple(capacity(spec, run, card) for card, _ in cards)
+    verdicts = _judge(spec, run, [card for card, _ in cards])
     build.warn(*ledger.warnings)
     if params["as_json"]:
         from vramplan.report.payload import estimate_payload
@@ -42,3 +42,12 @@ def command(**params: Any) -> int:
         named and verdict.verdict == "does_not_fit" for (_, named), verdict in zip(cards, verdicts, strict=True)
     )
     return DOES_NOT_FIT if refused else OK
+
+
+def _judge(spec: ModelSpec, run: RunSpec, cards: list[GpuProfile]) -> tuple[GpuVerdict, ...]:
+    """Each card against the run; the search is not even imported where no card is named."""
+    if not cards:
+        return ()
+    from vramplan.core.plan import capacity
+
+    return tuple(capacity(spec, run, card) for card in cards)

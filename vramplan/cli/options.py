@@ -116,10 +116,13 @@ class Targets(ParamType):
         return names
 
 
+SECTIONS = ("Data", "Run", "Schedule", "LoRA", "Levers, each overriding the recipe", "Card", "Output")
+
+
 class SectionOption(click.Option):
     """An option that knows under which heading of --help it stands."""
 
-    def __init__(self, *args: Any, section: str = "Options", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, section: str = "Output", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.section = section
 
@@ -128,14 +131,15 @@ class SectionCommand(click.Command):
     """A command whose --help groups the options by section."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {}
+        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in SECTIONS}
         for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
             if record is not None:
-                sections.setdefault(getattr(param, "section", "Output"), []).append(record)
+                sections[getattr(param, "section", "Output")].append(record)
         for title, records in sections.items():
-            with formatter.section(title):
-                formatter.write_dl(records)
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
 
 
 def use(*sections: Section) -> Callable[[F], F]:
@@ -185,7 +189,8 @@ BATCH: Section = (
 LORA: Section = (
     _lora("--lora-r", type=Whole(1, 65536), default=16, show_default=True, help="Rank."),
     _lora("--lora-alpha", type=Whole(), default=32, show_default=True, help="Scale is alpha / rank."),
-    _lora("--lora-targets", type=Targets(), default="all-linear", show_default=True, help="target_modules of PEFT."),
+    _lora("--lora-targets", type=Targets(), default="all-linear", show_default=True,
+          metavar="all-linear|a,b,c", help="target_modules of PEFT."),
     _lora("--lora-dropout", type=Number(0, 1, high_open=True), default=0.0, show_default=True, metavar="P",
           help="Any value above 0 costs memory."),
 )  # fmt: skip
@@ -193,7 +198,7 @@ LORA: Section = (
 LEVERS: Section = (
     _lever("--upcast", type=click.Choice(UPCASTS), help="Which unquantised parameters become float32."),
     _lever("--loss", type=click.Choice(LOSSES), help="Full logits, or fused with the head."),
-    _lever("--checkpointing", type=Checkpointing(), help="Which layers are checkpointed."),
+    _lever("--checkpointing", type=Checkpointing(), metavar="none|all|every-K", help="Which layers are checkpointed."),
     _lever("--gradient-checkpointing/--no-gradient-checkpointing", default=None, help="The same as all or none."),
     _lever("--checkpoint-offload/--no-checkpoint-offload", default=None, help="Keep checkpoints in host memory."),
     _lever("--optim", type=OneOf(OPTIMIZERS, "optimizer", OPTIMIZER_ALIASES), metavar="NAME",

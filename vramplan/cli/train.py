@@ -97,12 +97,15 @@ def _with_data(run: RunSpec, params: build.Params) -> RunSpec:
 
 def weights_of(model: str) -> str | None:
     """Where the weights of MODEL are: the Hub id of a built-in name, the folder of a path; None: MODEL itself."""
-    from vramplan.sources.profiles import model_names, model_profile
+    from vramplan.sources.profiles import model_profile
 
     path = Path(model)
     if path.exists():
         return str((path if path.is_dir() else path.parent).resolve())
-    return str(model_profile(model).get("hub_id") or model) if model in model_names() else None
+    try:
+        return str(model_profile(model).get("hub_id") or model)
+    except InputError:  # no built-in name: a Hub id, which is where its weights are
+        return None
 
 
 def default_folder(model: str) -> Path:

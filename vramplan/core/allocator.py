@@ -17,6 +17,7 @@ The small pool is counted, not replayed: its blocks split at 512 bytes, so nothi
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_left, insort
 from typing import Union
 
@@ -118,6 +119,24 @@ class Native:
             self._merge(block, after)
         self._put(block)
 
+    def change_small(self, high: int, net: int) -> None:
+        """Many births and deaths in the small pool at once: `high` above now at the most, `net` in the end."""
+        if high > 0:
+            self._malloc_small(high)
+            net -= high
+        self.small += net
+        self.allocated += net
+
+    def clone(self) -> Native:
+        """An independent copy in the same state; handles of large blocks stay with the original."""
+        twin = copy.copy(self)
+        twin._free = list(self._free)
+        twin._blocks = {address: copy.copy(block) for address, block in self._blocks.items()}
+        for block in twin._blocks.values():
+            block.previous = twin._blocks[block.previous.address] if block.previous else None
+            block.following = twin._blocks[block.following.address] if block.following else None
+        return twin
+
     def reset_peaks(self) -> None:
         self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
 
@@ -209,6 +228,12 @@ class Expandable(Native):
         self._start = block.address
         self._blocks[block.address] = block
         self._unmapped = [block.address]  # sorted
+
+    def clone(self) -> Native:
+        twin = super().clone()
+        assert isinstance(twin, Expandable)
+        twin._unmapped = list(self._unmapped)
+        return twin
 
     def _find(self, size: int) -> Block | None:
         free = self._free

@@ -124,6 +124,20 @@ def lora_tensors(spec: ModelSpec, lora: Lora) -> list[tuple[int, int]]:
     return out
 
 
+def moments(optimizer: str) -> int:
+    """How many state tensors of the parameter's shape the optimizer keeps."""
+    if optimizer == "sgd" or optimizer == "adafactor":
+        return 0
+    return 1 if "lion" in optimizer else 2
+
+
+def state_tensor_bytes(optimizer: str, elements: int) -> int:
+    """Bytes on the card of one state tensor; 0 if it is paged."""
+    if moments(optimizer) == 0 or (optimizer.startswith("paged") and elements >= MIN_PAGED):
+        return 0
+    return rounded((1 if optimizer in _EIGHT_BIT and elements >= MIN_8BIT else 4) * elements)
+
+
 def _absmax(name: str, elements: int) -> int:
     if name not in _EIGHT_BIT or elements < MIN_8BIT:
         return 0

@@ -38,6 +38,12 @@ class Recorder:
         self.module = ""  # prefix of their names
         self.sequence = 0
 
+    def relabel(self, tensor: Tensor, key: str, name: str = "") -> None:
+        """Count a tensor under another ledger line, once it turns out what it is kept for."""
+        if tensor.storage is not None:
+            row = self.info[tensor.storage.ident]
+            self.info[tensor.storage.ident] = (key, name or row[1], *row[2:])
+
     def mark(self, name: str) -> None:
         self.marks.append((len(self.events), name))
 
@@ -134,17 +140,21 @@ class Node:
 class Leaf(Node):
     """AccumulateGrad: keeps the gradient of a parameter, or of inputs that were told to require one."""
 
-    __slots__ = ("grad", "tape")
+    __slots__ = ("grad", "name", "tape")
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, tape: Tape, name: str = "") -> None:
         super().__init__(tape, (), _no_backward)
         self.sequence = sys.maxsize  # torch runs these first
         self.grad: Tensor | None = None
+        self.name = name
         self.tape = tape
 
     def accumulate(self, grad: Tensor) -> None:
+        """The first gradient is kept as it is (stolen), later ones are added to it."""
         if self.grad is None:
-            self.grad = grad  # stolen, not copied, when nobody else holds it; the rules below never share one
+            self.grad = grad
+            if self.name:
+                self.tape.rec.relabel(grad, "adapter.gradients", f"gradient of {self.name}")
 
 
 def _no_backward(grads: Sequence[Tensor | None], node: Node) -> Sequence[Tensor | None]:
@@ -196,8 +206,8 @@ class Tape:
         """A tensor that is resident anyway: a frozen weight, an embedding table."""
         return Tensor(None, rows, columns, dtype)
 
-    def parameter(self, rows: int, columns: int, dtype: str) -> Tensor:
-        return Tensor(None, rows, columns, dtype, Leaf(self))
+    def parameter(self, rows: int, columns: int, dtype: str, name: str) -> Tensor:
+        return Tensor(None, rows, columns, dtype, Leaf(self, name))
 
     def product(self, bias: bool = False) -> None:
         """Note a matrix product: a thread's first one makes a cuBLAS workspace that stays (cuBLASLt's for a bias)."""
@@ -232,6 +242,7 @@ class Tape:
     def recompute(self, frame: Frame) -> None:
         assert frame.inputs is not None
         cache, self.cast_cache = self.cast_cache, {}
+        scope = self.rec.scope
         inputs = [t if t.node is None else _leaf_like(t, self) for t in frame.inputs]
         self.replay = (frame, [0])
         try:
@@ -241,6 +252,7 @@ class Tape:
         finally:
             self.replay = None
         self.cast_cache = cache
+        self.rec.scope = scope
 
     # ------------------------------------------------------------------------------------------------- backward
     def backward(self, root: Tensor, grad: Tensor) -> None:

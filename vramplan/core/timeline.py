@@ -20,7 +20,7 @@ from .ops import BF16, FP32, layernorm, rmsnorm, unary
 from .tape import Leaf, Recorder, Tape, Tensor
 from .types import GpuProfile, ModelSpec, RunSpec
 
-Info = tuple[str, str, int, int, str, int]
+LAYER_SHIFT = 20  # a tensor's key: kind of section, layer, number of its birth there
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,8 @@ class Step:
         self.adapters = [
             {
                 x.short: (
-                    self.tape.parameter(lora.r, x.in_features, lora.dtype),
-                    self.tape.parameter(x.out_features, lora.r, lora.dtype),
+                    self.tape.parameter(lora.r, x.in_features, lora.dtype, x.short + " lora_A"),
+                    self.tape.parameter(x.out_features, lora.r, lora.dtype, x.short + " lora_B"),
                 )
                 for x in arch.lora_linears(spec, lora)
             }
@@ -173,6 +173,8 @@ class Step:
         if not checkpointed(self.run.levers.checkpointing, index):
             self.rec.scope = "activations.layers"
             return block(player, hidden_states)
+        if index:
+            self.rec.relabel(hidden_states, "activations.checkpoints", "layer input kept")
         adapters = self.adapters[index]
 
         def run(hidden_states: Tensor) -> Tensor:
@@ -221,6 +223,7 @@ class Unrolled:
         self.info = rec.info
         self.played, self.depth, self.period = played, depth, period
         self.sections = _sections(rec)
+        self._compiled: dict[int, list[Change]] | None = None
         self.born: dict[int, tuple[int, int, int]] = {}  # storage -> (kind, played layer, n-th birth of its section)
         kind = 0
         for section in self.sections:
@@ -268,24 +271,52 @@ class Unrolled:
             if section is not None:
                 yield section, layer
 
-    def events(self) -> Iterator[tuple[str, int, int, int]]:
-        """(phase, sign, tensor key, bytes, info index) of every birth and death at full depth."""
-        info, born = self.info, self.born
+    def steps(self) -> Iterator[tuple[Section, int, list[Change]]]:
+        """(section, real layer, its changes) in the order of time; a key of a relative change gets the layer added."""
+        if self._compiled is None:
+            self._compiled = {id(section): self._compile(section) for section in self.sections}
         for section, layer in self.order():
-            shift = layer - section.layer if layer >= 0 else 0
-            for event in section.events:
-                ident = event if event > 0 else -event
-                kind, home, count = born[ident]
-                if home < 0 or layer >= 0:
-                    key = _key(kind, home + shift if home >= 0 else 0, count)
-                    yield section.phase, ident if event > 0 else -ident, key, info[ident][5]
-                else:  # outside the layers, a layer's tensor dies: so does that of every layer it stands for
-                    for real in self.real_layers(home):
-                        yield section.phase, -ident, _key(kind, real, count), info[ident][5]
+            yield section, layer, self._compiled[id(section)]
+
+    def peak_bytes(self) -> int:
+        """The most that the step's tensors take together, cuBLAS workspaces left out."""
+        info = self.info
+        sums: dict[int, tuple[int, int]] = {}
+        now = best = 0
+        for section, _, changes in self.steps():
+            if id(section) not in sums:
+                net = high = 0
+                for event, _, _ in changes:
+                    row = info[abs(event)]
+                    if row[0] == "workspace.cublas":
+                        continue
+                    net += row[5] if event > 0 else -row[5]
+                    high = max(high, net)
+                sums[id(section)] = (net, high)
+            net, high = sums[id(section)]
+            best = max(best, now + high)
+            now += net
+        return best
+
+    def _compile(self, section: Section) -> list[Change]:
+        out: list[Change] = []
+        for event in section.events:
+            ident = abs(event)
+            kind, home, count = self.born[ident]
+            if home < 0:
+                out.append((event, _key(kind, 0, count), False))
+            elif section.layer >= 0:
+                out.append((event, _key(kind, home - section.layer, count), True))
+            else:  # outside the layers, a layer's tensor dies: so does that of every layer it stands for
+                out += [(event, _key(kind, real, count), False) for real in self.real_layers(home)]
+        return out
+
+
+Change = tuple[int, int, bool]  # +info index (birth) or -info index (death), key of the tensor, key is relative
 
 
 def _key(kind: int, layer: int, count: int) -> int:
-    return ((kind << 14) + layer << 20) + count
+    return (((kind << 14) + layer) << LAYER_SHIFT) + count
 
 
 def _sections(rec: Recorder) -> list[Section]:

@@ -36,7 +36,7 @@ def show_check(
         for process in card.processes:
             used = "-" if process.used_bytes is None else human(process.used_bytes)
             table.add_row(str(process.pid), used, process.name or "-")
-        screen.print(table)
+        tables.put(screen, table, 2)
     if ledger is not None:
         screen.print()
-        screen.print(ledger_table(screen, ledger))
+        tables.put(screen, *ledger_table(screen, ledger))

@@ -14,6 +14,8 @@ from vramplan.core.units import human
 from vramplan.report import tables
 from vramplan.report.rows import LINE, SUBTOTAL, TOTAL, Row, Scale, ledger_rows
 
+VERDICT_STARTS = {"fits": "Fits", "tight": "Tight on", "does_not_fit": "Does not fit"}
+
 
 def show_estimate(
     stream: TextIO, ledger: Ledger, verdicts: Sequence[GpuVerdict] = (), *, width: int | None = None
@@ -24,12 +26,12 @@ def show_estimate(
     tables.sentence(screen, text, verdict)
     screen.print(Text(run_line(ledger), style="dim"))
     screen.print()
-    screen.print(ledger_table(screen, ledger))
+    tables.put(screen, *ledger_table(screen, ledger))
     if any(line.basis == "modelled" and line.bytes for line in ledger.lines):
         screen.print(Text("~ modelled; everything else is counted exactly", style="dim"))
     if verdicts:
         screen.print()
-        screen.print(gpu_table(screen, verdicts))
+        tables.put(screen, gpu_table(screen, verdicts))
         if any(verdict.tokens_per_s is not None for verdict in verdicts):
             screen.print(Text("~ tokens/s is modelled, not measured", style="dim"))
     tables.command(screen, *next_step(ledger, verdicts))
@@ -52,18 +54,18 @@ def headline(ledger: Ledger, verdicts: Sequence[GpuVerdict]) -> tuple[str, str]:
 
 def one_card(need: int, verdict: GpuVerdict) -> str:
     """The verdict on one card as a sentence."""
-    spare = verdict.usable_bytes - need
-    of = f"{human(need)} of the {human(verdict.usable_bytes)} usable on {verdict.gpu}"
+    usable = verdict.usable_bytes
+    numbers = f"needs {human(need)}, {human(usable)} usable"
     if verdict.verdict == "does_not_fit":
-        largest = (
-            f"the largest batch that fits is {verdict.max_batch_size}."
+        change = (
+            f"batch {verdict.max_batch_size} fits"
             if verdict.max_batch_size
-            else f"at batch 1, {verdict.max_seq_len} tokens would."
+            else f"{verdict.max_seq_len} tokens fit"
             if verdict.max_seq_len
-            else "not even batch 1 would."
+            else "nor does batch 1"
         )
-        return f"Does not fit: {of}, {human(max(-spare, 0))} too much; {largest}"
-    return f"{tables.VERDICT_WORDS[verdict.verdict].capitalize()}: {of}, {human(max(spare, 0))} to spare."
+        return f"Does not fit {verdict.gpu}: {numbers}; {change}."
+    return f"{VERDICT_STARTS[verdict.verdict]} {verdict.gpu}: {numbers}, {human(max(usable - need, 0))} to spare."
 
 
 def run_line(ledger: Ledger) -> str:
@@ -88,18 +90,20 @@ def next_step(ledger: Ledger, verdicts: Sequence[GpuVerdict]) -> tuple[str, str]
     return "Levers and micro-batch for a card:", f"vramplan fit {run.model} --effective-batch-size {batch} --gpu {card}"
 
 
-def ledger_table(screen: Console, ledger: Ledger) -> Table:
-    """The ledger: a bar per line, subtotals that are the sums of what is printed, formulas where there is room."""
+def ledger_table(screen: Console, ledger: Ledger) -> tuple[Table, int]:
+    """The ledger: a bar per line, subtotals that are the sums of what is printed, formulas where there is room.
+
+    And the column that may be cut.
+    """
     scale, rows = ledger_rows(ledger)
     wide = screen.width >= tables.WIDE
     table = tables.plain_table(screen)
-    tables.add_text(table, f"at the peak ({ledger.peak.phase})", screen, max_width=44 if wide else None)
+    tables.add_text(table, f"at the peak ({ledger.peak.phase})", screen)
     tables.add_number(table, scale.unit)
     tables.add_number(table, "share")
     tables.add_text(table, "", screen)
     if wide:
-        tables.add_text(table, "formula", screen, ratio=1)
-        table.expand = True
+        tables.add_text(table, "formula", screen)
     barred = [row for row in rows if row.basis]
     longest = max((row.share for row in barred), default=0.0) or 1.0
     bar_width = 12 if wide else _bar_width(screen, rows)
@@ -114,7 +118,7 @@ def ledger_table(screen: Console, ledger: Ledger) -> Table:
             Text(drawn, style=tables.GROUP_COLOURS.get(row.group, "")),
         ]
         table.add_row(*cells, *([Text(row.formula, style="dim")] if wide else []))
-    return table
+    return table, 4 if wide else 0
 
 
 def _bar_width(screen: Console, rows: list[Row]) -> int:

@@ -12,6 +12,7 @@ from rich.text import Text
 from vramplan.core.types import Candidate, Levers, Plan
 from vramplan.core.units import GIB, human
 from vramplan.report import tables
+from vramplan.report.estimate import VERDICT_STARTS
 
 SHOWN = 8  # candidates in the table
 
@@ -30,10 +31,10 @@ def show_fit(stream: TextIO, plan: Plan, *, written: str | None = None, width: i
                 screen.print(Text(f"  - {advice}"))
     else:
         screen.print()
-        screen.print(choice_table(screen, plan))
+        tables.put(screen, choice_table(screen, plan), 1)
     if plan.candidates:
         screen.print()
-        screen.print(candidate_table(screen, plan.candidates, plan))
+        tables.put(screen, candidate_table(screen, plan.candidates, plan), 2)
         left = len(plan.candidates) - SHOWN
         more = f"; {left} more were priced" if left > 0 else ""
         screen.print(Text(f"~ tokens/s is modelled, not measured{more}", style="dim"))
@@ -46,16 +47,11 @@ def show_fit(stream: TextIO, plan: Plan, *, written: str | None = None, width: i
 def headline(plan: Plan) -> str:
     """The sentence to act on."""
     need, usable = plan.ledger.peak.device_bytes, plan.budget_bytes
-    of = f"{human(need)} of the {human(usable)} usable on {plan.gpu.key}"
     if plan.verdict == "does_not_fit":
-        return f"Does not fit: even the leanest plan takes {of}, {human(max(need - usable, 0))} too much."
-    return f"{tables.VERDICT_WORDS[plan.verdict].capitalize()}: {batch_text(plan)}, {of}."
-
-
-def batch_text(plan: Plan) -> str:
-    """ "4 x 4 accumulated = 16"."""
-    run = plan.run
-    return f"{run.micro_batch_size} x {run.accumulation} accumulated = effective batch {plan.effective_batch_size}"
+        return f"Does not fit {plan.gpu.key}: the leanest plan needs {human(need)}, {human(usable)} usable."
+    batch = f"{plan.run.micro_batch_size} x {plan.run.accumulation} = {plan.effective_batch_size}"
+    start = f"{VERDICT_STARTS[plan.verdict]} {plan.gpu.key}"
+    return f"{start}: batch {batch}, needs {human(need)}, {human(usable)} usable."
 
 
 def choice_table(screen: Console, plan: Plan) -> Table:

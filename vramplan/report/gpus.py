@@ -23,17 +23,17 @@ def show_gpus(
         cards = "card" if len(live) == 1 else "cards"
         tables.sentence(screen, f"This machine has {len(live)} {cards}; --gpu live plans for the first.")
         screen.print()
-        screen.print(card_table(screen, live))
+        tables.put(screen, *card_table(screen, live))
         screen.print()
     tables.sentence(screen, f"{len(stored)} stored cards for --gpu; usable is what one process may fill on Linux.")
     screen.print()
-    screen.print(card_table(screen, sorted(stored, key=lambda card: (card.usable_bytes, card.key))))
+    tables.put(screen, *card_table(screen, sorted(stored, key=lambda card: (card.usable_bytes, card.key))))
     if any(card.usable_basis == "modelled" for card in stored):
         screen.print(Text("~ modelled from the total; the others were read on such a card", style="dim"))
 
 
-def card_table(screen: Console, cards: Sequence[GpuProfile]) -> Table:
-    """One row a card; the card's full name where there is room for it."""
+def card_table(screen: Console, cards: Sequence[GpuProfile]) -> tuple[Table, int]:
+    """One row a card, its full name where there is room for it; and the column that may be cut."""
     wide = screen.width >= tables.WIDE
     table = tables.plain_table(screen)
     tables.add_text(table, "card", screen)
@@ -52,7 +52,7 @@ def card_table(screen: Console, cards: Sequence[GpuProfile]) -> Table:
             "{}.{}".format(*card.compute_capability),
             *([card.name] if wide else []),
         )
-    return table
+    return table, 6 if wide else 0
 
 
 def card_line(card: GpuProfile) -> str:

@@ -30,4 +30,4 @@ def show_models(stream: TextIO, rows: Sequence[tuple[str, ModelSpec, int, str]],
             f"{spec.max_position_embeddings:,}",
             hub or "-",
         )
-    screen.print(table)
+    tables.put(screen, table, len(table.columns) - 1)

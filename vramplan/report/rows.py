@@ -102,7 +102,8 @@ def ledger_rows(ledger: Ledger) -> tuple[Scale, list[Row]]:
 def _group(name: str, lines: list[Line], steps: int, total: int, scale: Scale) -> list[Row]:
     if len(lines) == 1:  # one row says it all
         line = lines[0]
-        label = f"{name}: {line.label or line.key}"
+        label = line.label or line.key
+        label = label if name.lower() in label.lower() else f"{name}: {label}"
         return [_row(GROUP, label, name, line.bytes, steps, total, line.formula, line.basis)]
     rows = [_row(GROUP, name, name, sum(line.bytes for line in lines), steps, total)]
     for line, part in zip(lines, apportion([line.bytes for line in lines], steps, scale), strict=True):

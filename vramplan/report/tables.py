@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from typing import IO, Any, Literal, TextIO, cast
+from typing import IO, Any, TextIO, cast
 
 from rich.box import SIMPLE_HEAD, Box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -22,6 +23,7 @@ GROUP_COLOURS = {
 }
 VERDICT_STYLES = {"fits": "#009E73", "tight": "#E69F00", "does_not_fit": "#D55E00"}
 VERDICT_WORDS = {"fits": "fits", "tight": "tight", "does_not_fit": "does not fit"}
+GAP = 3  # cells between two columns
 WIDE = 100  # from here on there is room for formulas
 ASCII_HEAD = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 _EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -70,17 +72,26 @@ def plain_table(screen: Console) -> Table:
     return Table(box=box, show_edge=False, pad_edge=False, padding=(0, 1), header_style="bold", border_style="dim")
 
 
-def add_text(
-    table: Table, title: str, screen: Console, *, ratio: int | None = None, max_width: int | None = None
-) -> None:
+def add_text(table: Table, title: str, screen: Console) -> None:
     """A left-aligned column that is cut rather than wrapped."""
-    overflow: Literal["crop", "ellipsis"] = "crop" if is_ascii(screen) else "ellipsis"
-    table.add_column(title, no_wrap=True, overflow=overflow, ratio=ratio, max_width=max_width)
+    table.add_column(title, no_wrap=True, overflow="crop" if is_ascii(screen) else "ellipsis")
 
 
 def add_number(table: Table, title: str) -> None:
     """A right-aligned column that is never cut."""
     table.add_column(title, justify="right", no_wrap=True)
+
+
+def put(screen: Console, table: Table, flexible: int = 0) -> None:
+    """Print a table; where it is too wide, the column `flexible` gives way and no other."""
+    widths = [max(map(_cell_width, (column.header, *column.cells))) for column in table.columns]
+    room = screen.width - sum(widths) + widths[flexible] - GAP * (len(widths) - 1)
+    table.columns[flexible].max_width = max(room, 1)
+    screen.print(table)
+
+
+def _cell_width(cell: object) -> int:
+    return cell_len(cell.plain if isinstance(cell, Text) else str(cell))
 
 
 def verdict_text(verdict: str) -> Text:

@@ -33,7 +33,7 @@ def show_result(
     moments, lines = compare(ledger, measurement)
     if moments or lines:
         screen.print()
-        screen.print(comparison_table(screen, moments, lines))
+        tables.put(screen, comparison_table(screen, moments, lines))
     if measurement.device == "cpu":
         note = "On a CPU only tensors can be counted: no GPU memory was measured."
         screen.print(Text(note, style="dim"))
@@ -58,8 +58,7 @@ def summary(measurement: Measurement) -> str:
 
 def comparison_table(screen: Console, moments: Sequence[Pair], lines: Sequence[Pair]) -> Table:
     """Predicted, measured, difference: first the moments, then the resident tensors."""
-    sizes = [pair.predicted_bytes or 0 for pair in (*moments, *lines)]
-    scale = scale_for(max(sizes, default=0))
+    scale = scale_for(0)  # MiB, in which a difference shows
     table = tables.plain_table(screen)
     tables.add_text(table, scale.unit, screen)
     for title in ("predicted", "measured", "difference"):

@@ -103,8 +103,9 @@ class Nvml:
         name = _text(self._must(nvml.nvmlDeviceGetName, handle))
         stored = find_gpu(name, total)
         physical = self._physical(handle)
-        capability = self._may(nvml.nvmlDeviceGetCudaComputeCapability, physical)
-        if capability is None and stored is None:
+        told = self._may(nvml.nvmlDeviceGetCudaComputeCapability, physical)
+        capability = told or (stored.compute_capability if stored else None)
+        if capability is None:
             raise VramplanError(f"NVML does not tell the compute capability of {name}", _ELSEWHERE)
         pcie = self._pcie(physical)
         driver = self._may(nvml.nvmlSystemGetDriverVersion)
@@ -118,7 +119,7 @@ class Nvml:
             reserved_bytes=reserved,
             used_by_others_bytes=known if reserved is None else total - free - reserved,
             processes=processes,
-            compute_capability=tuple(capability) if capability else stored.compute_capability,  # type: ignore[union-attr]
+            compute_capability=(int(capability[0]), int(capability[1])),
             sm_count=stored.sm_count if stored else None,
             context_bytes=stored.context_bytes if stored else UNKNOWN_CONTEXT_BYTES,
             context_basis=stored.context_basis if stored else "modelled",
@@ -128,7 +129,7 @@ class Nvml:
             pcie_bytes_per_s=pcie or (stored.pcie_bytes_per_s if stored else None),
             driver=_text(driver) if driver else None,
             source="nvml",
-            sources=_live_sources(stored, capability is not None, pcie is not None),
+            sources=_live_sources(stored, told is not None, pcie is not None),
         )
 
     # --------------------------------------------------------------------------------------------------- pieces

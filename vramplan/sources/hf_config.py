@@ -112,7 +112,7 @@ def parse_config(config: dict[str, Any], *, name: str, source: str) -> ModelSpec
 
     `dtype` is not read: QLoRA loads what it does not quantise in the compute dtype, bfloat16, whatever the file says.
     """
-    where = f"{source}" if source.endswith(".json") else f"config.json of {name}"
+    where = source if source.endswith(".json") else f"config.json of {name}"
     if not isinstance(config, dict):
         raise InputError(f"{where} is not a model's config: it must be a JSON object")
     config = _text_part(config, where)
@@ -143,13 +143,10 @@ def _text_part(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _unknown_architecture(config: dict[str, Any], where: str) -> UnknownArchitecture:
     shown = repr(config.get("model_type"))[:60]
-    what = f"{where}: model_type {shown} is not described here"
-    if any(key in config for key in ("text_config", "vision_config", "audio_config")):
-        what = (
-            f"{where}: model_type {shown} has more than a language model (vision or audio), which is not described here"
-        )
+    more = any(key in config for key in ("text_config", "vision_config", "audio_config"))
+    problem = "has a vision or audio part, which is" if more else "is an architecture that is"
     return UnknownArchitecture(
-        what,
+        f"{where}: model_type {shown} {problem} not described here",
         f"known: {', '.join(FAMILIES)}; --trace (coming) will take any architecture",
     )
 

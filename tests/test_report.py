@@ -1,0 +1,366 @@
+"""The tables: they add up, they fit, they read well without colour; and the JSON keeps its shape.
+
+The files in golden/ are what people see. After a wanted change: VRAMPLAN_UPDATE_GOLDEN=1 pytest tests/test_report.py,
+then read the difference.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from factories import (
+    VERDICTS,
+    make_gpu,
+    make_ledger,
+    make_line,
+    make_measurement,
+    make_model,
+    make_plan,
+    make_verdict,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vramplan.core.types import GpuProcess, Levers
+from vramplan.core.units import GIB, MIB
+from vramplan.report import payload, rows, tables
+from vramplan.report.check import show_check
+from vramplan.report.compare import compare
+from vramplan.report.estimate import headline, one_card, show_estimate
+from vramplan.report.fit import show_fit, shown
+from vramplan.report.gpus import show_gpus
+from vramplan.report.live import PlainDisplay, clock, event_text, one_line, step_text
+from vramplan.report.models import show_models
+from vramplan.report.train import show_result, summary
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+class Terminal(io.TextIOWrapper):
+    """A text stream with an encoding of its own, a terminal or not."""
+
+    def __init__(self, encoding: str = "utf-8", *, tty: bool = False) -> None:
+        super().__init__(io.BytesIO(), encoding=encoding, errors="strict", write_through=True)
+        self.tty = tty
+
+    def isatty(self) -> bool:
+        return self.tty
+
+    @property
+    def text(self) -> str:
+        self.flush()
+        buffer = self.buffer
+        assert isinstance(buffer, io.BytesIO)
+        return buffer.getvalue().decode(self.encoding)
+
+
+def draw(show: Callable[..., None], *args: object, encoding: str = "utf-8", **options: object) -> str:
+    stream = Terminal(encoding)
+    show(stream, *args, **options)
+    return stream.text
+
+
+CARDS = (make_gpu(), make_gpu("t4", 15360 * MIB, 14912 * MIB, bf16_flops_per_s=None, usable_basis="measured"))
+BUSY = make_gpu(
+    used_by_others_bytes=GIB, processes=(GpuProcess(pid=12, name="python", used_bytes=GIB), GpuProcess(pid=9))
+)
+NO_FIT = make_plan(verdict="does_not_fit", budget_bytes=3 * GIB, reason="", advice=("--seq-len 512 needs 2.90 GiB",))
+MODELS = (("llama-2-7b", make_model(), 6_738_415_616, "meta-llama/Llama-2-7b-hf"),)
+
+VIEWS: dict[str, tuple[Callable[..., None], tuple[object, ...]]] = {
+    "estimate": (show_estimate, (make_ledger(), VERDICTS)),
+    "check": (show_check, (BUSY, make_ledger(), make_verdict())),
+    "fit": (show_fit, (make_plan(),)),
+    "fit_impossible": (show_fit, (NO_FIT,)),
+    "train": (show_result, (make_ledger(), make_measurement(), "runs/first/adapter")),
+    "gpus": (show_gpus, (CARDS, ())),
+    "models": (show_models, (MODELS,)),
+}
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("name", VIEWS)
+def test_golden(name: str, width: int) -> None:
+    show, args = VIEWS[name]
+    text = draw(show, *args, width=width)
+    file = GOLDEN / f"{name}_{width}.txt"
+    if os.environ.get("VRAMPLAN_UPDATE_GOLDEN"):
+        file.write_text(text, encoding="utf-8")
+    assert text == file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_no_line_is_wider_than_the_screen_or_ends_in_blanks(name: str) -> None:
+    show, args = VIEWS[name]
+    for width in (80, 100, 120, 200):
+        for line in draw(show, *args, width=width).splitlines():
+            assert len(line) <= width
+            assert line == line.rstrip()
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_ascii_terminals_get_ascii(name: str) -> None:
+    show, args = VIEWS[name]
+    text = draw(show, *args, width=80, encoding="ascii")  # a strict stream: anything else raises
+    assert "---" in text
+    assert text.isascii()
+
+
+# ------------------------------------------------------------------------------------------------------ adding up
+def printed_numbers(text: str) -> dict[str, float]:
+    """label -> printed GiB or MiB of the ledger table."""
+    found = re.findall(r"^(.+?)\s+~?([\d,]+\.\d+)\s+<?\d+%", text, flags=re.MULTILINE)
+    return {label: float(number.replace(",", "")) for label, number in found}
+
+
+SIZES = st.lists(st.integers(0, 40 * GIB), min_size=1, max_size=12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(SIZES, st.lists(st.integers(0, GIB), max_size=2), st.sampled_from([1, 1000]))
+def test_printed_rows_add_up(inside: list[int], overhead: list[int], shrink: int) -> None:
+    groups = ("weights", "adapter", "optimizer", "activations", "loss")
+    lines = [make_line(f"{groups[i % 5]}.part{i}", size // shrink) for i, size in enumerate(inside)]
+    lines += [make_line(f"overhead.part{i}", size // shrink) for i, size in enumerate(overhead)]
+    scale, table = rows.ledger_rows(make_ledger(tuple(lines)))
+    total = table[-1]
+    subtotal = next(row for row in table if row.kind == rows.SUBTOTAL)
+    groups_only = [row for row in table if row.kind == rows.GROUP]
+    assert total.bytes == sum(line.bytes for line in lines)
+    assert sum(row.steps for row in groups_only) == total.steps
+    assert subtotal.steps == sum(row.steps for row in groups_only if row.group != "overhead")
+    for group in groups_only:
+        parts = [row.steps for row in table if row.kind == rows.LINE and row.group == group.group]
+        assert not parts or sum(parts) == group.steps
+    for row in table:  # and no number is a whole last digit off
+        assert abs(row.steps * scale.unit_bytes - row.bytes * 10**scale.digits) < scale.unit_bytes
+
+
+def test_the_numbers_on_the_screen_add_up() -> None:
+    numbers = printed_numbers(draw(show_estimate, make_ledger(), width=80))
+    top = {label: number for label, number in numbers.items() if not label.startswith(" ")}
+    device, allocated, overhead = top.pop("device"), top.pop("allocated at the peak"), top.pop("overhead")
+    assert len(top) == 6
+    assert round(sum(top.values()), 2) == allocated
+    assert round(allocated + overhead, 2) == device == 5.86
+
+
+def test_largest_first_and_overhead_after_the_subtotal() -> None:
+    _, table = rows.ledger_rows(make_ledger())
+    kinds = [row.kind for row in table]
+    cut = kinds.index(rows.SUBTOTAL)
+    sizes = [row.bytes for row in table[:cut] if row.kind == rows.GROUP]
+    assert sizes == sorted(sizes, reverse=True)
+    assert {row.group for row in table[cut + 1 : -1]} == {"overhead"}
+    assert kinds[-1] == rows.TOTAL
+
+
+def test_workspace_filed_as_overhead_still_counts_as_allocated() -> None:
+    line = make_line("workspace.cublas", MIB, group="overhead")
+    _, table = rows.ledger_rows(make_ledger((line, make_line("overhead.context", MIB))))
+    assert next(row for row in table if row.kind == rows.SUBTOTAL).bytes == MIB
+
+
+def test_small_runs_print_mib() -> None:
+    text = draw(show_estimate, make_ledger((make_line("weights.nf4", 3 * MIB),)), width=80)
+    assert "MiB" in text and "3.0" in text
+
+
+def test_formulas_need_room() -> None:
+    assert "6,476,005,376 parameters / 2" in draw(show_estimate, make_ledger(), width=120)
+    assert "6,476,005,376" not in draw(show_estimate, make_ledger(), width=80)
+
+
+@given(st.floats(0, 1), st.integers(1, 60))
+def test_bars_stay_within_their_width_and_show_what_is_there(share: float, width: int) -> None:
+    for ascii_only in (True, False):
+        drawn = tables.bar(share, width, ascii_only=ascii_only)
+        assert len(drawn) <= width
+        assert bool(drawn) == (share > 0)
+
+
+# ------------------------------------------------------------------------------------------------------ sentences
+def test_the_verdict_comes_first() -> None:
+    need = make_ledger().peak.device_bytes
+    assert one_card(need, make_verdict()).startswith("Fits rtx-4090: needs 5.86 GiB, 23.52 GiB usable")
+    assert one_card(need, make_verdict(verdict="tight")).startswith("Tight on rtx-4090:")
+    small = make_verdict("small", 5 * GIB, "does_not_fit", max_batch_size=0, max_seq_len=512)
+    assert one_card(need, small) == "Does not fit small: needs 5.86 GiB, 5.00 GiB usable; 512 tokens fit."
+    assert one_card(need, replace(small, max_batch_size=2)).endswith("batch 2 fits.")
+    assert one_card(need, replace(small, max_seq_len=0)).endswith("nor does batch 1.")
+
+
+def test_several_cards_in_one_sentence() -> None:
+    text, verdict = headline(make_ledger(), VERDICTS)
+    assert text == "Fits 3 of 4 cards: the smallest that does is rtx-4060 (7.62 GiB usable)."
+    assert verdict == "fits"
+    none = tuple(replace(verdict, verdict="does_not_fit") for verdict in VERDICTS)
+    assert headline(make_ledger(), none)[0].startswith("Does not fit: none of the 4 cards")
+
+
+# ------------------------------------------------------------------------------------------------------- terminals
+def test_colour_on_a_terminal_and_none_with_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+    def on_terminal() -> str:
+        stream = Terminal(tty=True)
+        show_estimate(stream, make_ledger(), VERDICTS, width=80)
+        return stream.text
+
+    colours = r"\x1b\[[0-9;]*38;5;"
+    assert re.search(colours, on_terminal())
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not re.search(colours, on_terminal())
+
+
+def test_width_when_piped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert tables.console(Terminal()).width == 80
+    monkeypatch.setenv("COLUMNS", "132")
+    assert tables.console(Terminal()).width == 132
+    assert tables.console(Terminal(), 90).width == 90
+
+
+def test_commands_are_never_broken() -> None:
+    name = "an/" + "extremely-" * 12 + "long-name"
+    ledger = make_ledger()
+    ledger = replace(ledger, run=replace(ledger.run, model=name))
+    assert f"vramplan estimate {name} --gpu all" in draw(show_estimate, ledger, width=80).splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------------------------- fit
+def test_fit_says_the_product_and_the_command() -> None:
+    text = draw(show_fit, make_plan(), width=80, written="my.json")
+    assert "batch 4 x 4 = 16" in text
+    assert "vramplan train my.json --data FILE" in text
+    assert re.search(r"^> +4 x 4", text, flags=re.MULTILINE)
+
+
+def test_fit_impossible_gives_the_advice_and_no_command() -> None:
+    text = draw(show_fit, NO_FIT, width=80)
+    assert text.startswith("Does not fit rtx-4090")
+    assert "--seq-len 512 needs 2.90 GiB" in text
+    assert "vramplan train" not in text and ">" not in text
+
+
+def test_the_chosen_candidate_is_always_shown() -> None:
+    plan = make_plan()
+    others = tuple(replace(plan.candidates[1], levers=Levers(checkpointing=f"every-{k}")) for k in range(3, 20))
+    listed = shown((*others, plan.candidates[0]), plan)
+    assert len(listed) == 8
+    assert listed[-1] == plan.candidates[0]
+
+
+# ----------------------------------------------------------------------------------------------------------- train
+def test_prediction_and_measurement_are_matched_by_key() -> None:
+    moments, lines = compare(make_ledger(), make_measurement())
+    by_key = {pair.key: pair for pair in (*moments, *lines)}
+    assert by_key["resident.loaded"].difference == 0
+    assert by_key["weights.nf4"].measured_bytes == by_key["weights.nf4"].predicted_bytes == 3_238_002_688
+    assert by_key["peak.allocated"].difference == pytest.approx(8 * MIB / make_ledger().peak.allocated_bytes)
+    gradients = by_key["adapter.gradients"]
+    assert gradients.measured_bytes is not None and gradients.predicted_bytes is not None
+    assert gradients.measured_bytes - gradients.predicted_bytes == 5 * MIB
+    assert "activations.block" not in by_key  # not there to be counted after the step
+
+
+def test_a_line_that_was_not_predicted_is_shown() -> None:
+    extra = make_line("optimizer.paged", 7 * MIB, label="paged state", basis="measured")
+    text = draw(show_result, make_ledger(), make_measurement(lines=(extra,), phases=()), "a", width=80)
+    assert re.search(r"paged state +- +7\.0 +-", text)
+
+
+def test_a_cpu_run_claims_no_gpu_memory() -> None:
+    measurement = make_measurement(device="cpu", phases=())
+    text = draw(show_result, make_ledger(), measurement, "a", width=80)
+    assert "no GPU memory was measured" in text
+    assert "allocated at the peak" not in text
+
+
+def test_a_wrong_parameter_count_is_said() -> None:
+    text = draw(show_result, make_ledger(), make_measurement(trainable_parameters=7), "a", width=80)
+    assert "39,976,960 predicted, 7 counted" in text
+
+
+def test_summary() -> None:
+    text = summary(make_measurement(eval_loss_before=2.5, eval_loss_after=1.5))
+    assert text == "Done: 60 steps, 3,202 tokens/s, loss 2.310 -> 1.120, held out 2.500 -> 1.500."
+
+
+STEP = {"event": "step", "t": 100.0, "step": 3, "loss": 2.5, "tokens_per_s": 1234.0, "peak_bytes": GIB, "eta_s": 61.0}
+
+
+def test_plain_lines_are_throttled_but_the_last_step_is_shown() -> None:
+    stream = io.StringIO()
+    display = PlainDisplay(stream, 2 * GIB)
+    start = {"event": "start", "total_steps": 60, "effective_batch_size": 8, "examples": 100}
+    display.on_event({**start, "resumed_from": 0})
+    for step in range(1, 61):
+        display.on_event({**STEP, "step": step, "t": 100.0 + step})
+    display.on_event({"event": "end", "ended": "finished"})
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "train: 60 steps, effective batch 8, 100 examples"
+    assert lines[1] == "1/60  loss 2.500  1,234 tok/s  peak 1.00 GiB of 2.00 GiB  0:01:01 left"
+    assert lines[-1].startswith("60/60")
+    assert len(lines) == 8
+
+
+@pytest.mark.parametrize("value", [None, "x", True, float("nan"), [], {}])
+def test_events_with_nonsense_in_them_are_survived(value: object) -> None:
+    for key in STEP:
+        assert step_text({**STEP, key: value}, None, GIB)
+    for kind in ("phase", "start", "eval", "warning", "sample", "end", value):
+        event_text({"event": kind, "message": value, "loss": value, "text": value, "resumed_from": value})
+
+
+def test_texts_from_the_child_stay_on_one_line_without_control_characters() -> None:
+    assert one_line("a\x1b[31m\nb\r\tc") == "a [31m b c"
+    assert clock(90_061) == "1 d 1:01:01"
+
+
+def test_the_live_bar_draws_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vramplan.report.live import LiveDisplay, make_display
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    stream = Terminal(tty=True)
+    with make_display(stream, 2 * GIB, width=80) as display:
+        assert isinstance(display, LiveDisplay)
+        display.on_event({"event": "start", "total_steps": 60})
+        display.on_event({"event": "sample", "text": "[red]not markup"})
+        display.on_event(STEP)
+    assert "3/60" in stream.text and "[red]not markup" in stream.text
+    assert isinstance(make_display(Terminal(), GIB), PlainDisplay)
+
+
+# ------------------------------------------------------------------------------------------------------------ JSON
+def test_estimate_payload_has_the_shape_of_the_contract() -> None:
+    data = json.loads(json.dumps(payload.estimate_payload(make_ledger(), VERDICTS), allow_nan=False))
+    assert data["schema_version"] == 1
+    assert data["model"]["name"] == "llama-2-7b" and data["run"]["seq_len"] == 2048
+    assert set(data["resident"]) == {"loaded_bytes", "prepared_bytes", "with_lora_bytes"}
+    assert set(data["peak"]) == {"allocated_bytes", "phase", "reserved_bytes", "minimum_bytes", "device_bytes"}
+    assert {"name", "peak_bytes"} <= set(data["phases"][0])
+    assert {"key", "bytes", "formula", "basis"} <= set(data["lines"][0])
+    assert {"gpu", "usable_bytes", "verdict", "max_batch_size", "max_seq_len", "tokens_per_s"} == set(data["gpus"][0])
+    assert data["trainable_parameters"] == 39_976_960
+    assert sum(line["bytes"] for line in data["lines"]) == data["peak"]["device_bytes"]
+
+
+def test_the_other_payloads() -> None:
+    data = payload.train_payload("runs/x", "finished", 0, make_ledger(), make_measurement())
+    assert data["adapter"] == "runs/x/adapter"
+    assert {pair["key"] for pair in data["comparison"]["lines"]} >= {"weights.nf4", "adapter.lora"}
+    failed = payload.train_payload("runs/x", "oom", 4, make_ledger(), None, "out of memory")
+    assert failed["adapter"] is None and failed["measurement"] is None and failed["exit_code"] == 4
+    assert payload.gpus_payload(CARDS, ())["gpus"][1]["key"] == "t4"
+    assert payload.models_payload(MODELS)["models"][0]["hub_id"] == "meta-llama/Llama-2-7b-hf"
+    assert payload.check_payload(CARDS[0], None, None)["card"]["key"] == "rtx-4090"
+    assert payload.check_payload(CARDS[0], make_ledger(), make_verdict())["verdict"] == "fits"

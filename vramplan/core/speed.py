@@ -1,0 +1,50 @@
+"""Tokens per second, modelled: what the played step computes and moves, over what the card can.
+
+Matrix products at a share of the card's dense bf16 rate; every tensor born in the step written once and read twice at
+a share of its memory bandwidth; and never faster than the CPU can launch one kernel per tensor. The three shares are
+read off `profiles/calibration` rows of one card (docs/measurements); treat the result as a guide, not a promise.
+"""
+
+from __future__ import annotations
+
+from . import architecture as arch
+from .timeline import Unrolled, checkpoint_period
+from .types import GpuProfile, ModelSpec, RunSpec
+
+MATMUL_SHARE, BANDWIDTH_SHARE = 0.75, 0.75
+TOUCHES = 3  # a tensor is written once and read twice
+LAUNCH_SECONDS = 42e-6  # per tensor born: Python, dispatch and launch on one core, PEFT's wrappers included
+
+
+def step_flops(model: ModelSpec, run: RunSpec) -> int:
+    """Floating-point operations of one micro-step: forward, recomputation, gradients of the inputs."""
+    tokens = run.micro_batch_size * run.seq_len
+    weights = sum(x.in_features * x.out_features for x in arch.layer_linears(model))
+    causal = 2 * run.seq_len * arch.query_width(model)  # two products, half of the square
+    layers = model.num_layers
+    again = 0
+    if run.levers.checkpointing != "none":
+        again = -(-layers // checkpoint_period(run.levers.checkpointing))
+    per_layer = 2 * weights + causal
+    forward = (layers + again) * per_layer
+    backward = layers * (2 * weights + 5 * causal // 2)
+    head = 2 * 2 * model.vocab_size * model.hidden_size
+    return tokens * (forward + backward + head)
+
+
+def tokens_per_s(model: ModelSpec, run: RunSpec, gpu: GpuProfile, unrolled: Unrolled) -> int | None:
+    """Modelled training speed; None when the card's rates are not known."""
+    flops = gpu.bf16_flops_per_s or gpu.fp16_flops_per_s
+    if not flops or not gpu.bandwidth_bytes_per_s:
+        return None
+    born = kernels = 0
+    for _, _, changes in unrolled.steps():
+        for event, _, _ in changes:
+            if event > 0:
+                born += unrolled.info[event][5]
+                kernels += 1
+    micro_steps = min(run.accumulation, 2)  # what was played
+    compute = step_flops(model, run) / (MATMUL_SHARE * flops)
+    traffic = TOUCHES * born / micro_steps / (BANDWIDTH_SHARE * gpu.bandwidth_bytes_per_s)
+    seconds = max(compute + traffic, kernels / micro_steps * LAUNCH_SECONDS)
+    return round(run.micro_batch_size * run.seq_len / seconds)
