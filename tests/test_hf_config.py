@@ -119,6 +119,10 @@ def compare(fields: dict[str, Any]) -> None:
     assert spec.activation == {"gelu_pytorch_tanh": "gelu_tanh"}.get(activation, activation)
     dropouts = ("residual_dropout", "resid_pdrop", "hidden_dropout")
     assert spec.residual_dropout == next((getattr(config, n) for n in dropouts if hasattr(config, n)), 0.0)
+    embedding = "hidden_dropout" if spec.model_type == "gpt_neox" else "embedding_dropout"
+    assert spec.embedding_dropout == getattr(config, embedding, 0.0)
+    parallel = getattr(config, "use_parallel_residual", getattr(config, "parallel_attn", spec.model_type == "cohere"))
+    assert spec.parallel_residual is parallel
     assert_windows(spec, config)
     rope = getattr(config, "no_rope_layers", None) or [1] * spec.num_layers
     assert list(spec.rope_layers or (1,) * spec.num_layers) == list(rope)

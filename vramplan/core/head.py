@@ -66,28 +66,40 @@ def nll_loss(tape: Tape, log_probs: Tensor, labels: Tensor) -> Tensor:
     return loss
 
 
-def chunked_loss(tape: Tape, spec: ModelSpec, hidden_states: Tensor, head_dtype: str) -> Tensor:
+def chunked_loss(tape: Tape, spec: ModelSpec, hidden_states: Tensor, head_dtype: str, sequences: int) -> Tensor:
     """`vramplan.train.fused_loss`: loss and gradient of the hidden states, chunk by chunk, in the forward.
 
-    Counts every token as labelled: an upper bound, exact for plain text.
+    Counts every token that can carry a loss as labelled (all but the last of each sequence): an upper bound, exact for
+    plain text.
     """
-    rows, hidden, vocab = hidden_states.rows, spec.hidden_size, spec.vocab_size
-    chunk = chunk_tokens(rows, hidden, vocab)
-    dtype = hidden_states.dtype
+    hidden, vocab, dtype = spec.hidden_size, spec.vocab_size, hidden_states.dtype
+    tokens, rows = hidden_states.rows, hidden_states.rows - sequences
+    chunk = chunk_tokens(max(rows, 1), hidden, vocab)
 
     def backward(g: Grads, n: Node) -> Grads:
-        held = n.take(0)
-        del held
-        return (tape.new("gradient of the hidden states", rows, hidden, dtype, "loss.gradients"),)
+        picked = n.take(0)
+        full = tape.new("gradient of the hidden states", tokens, hidden, dtype, "loss.gradients")
+        copy = cast(tape, picked, dtype, "gradient of the labelled rows")
+        del copy, picked
+        return (full,)
 
     node = Node(tape, (hidden_states,), backward) if hidden_states.node is not None else None
-    grad_hidden = tape.new("gradient of the hidden states", rows, hidden, BF16, "loss.gradients")
-    for _ in range(min(2, -(-rows // chunk))):
+    indices = [tape.new(name, 1, rows, "int64", "activations.inputs") for name in ("labelled rows", "next tokens")]
+    picked = tape.new("labelled rows of the hidden states", rows, hidden, dtype, "loss.gradients")
+    if dtype != BF16:
+        picked = tape.new("labelled rows of the hidden states", rows, hidden, BF16, "loss.gradients")
+    weight = None
+    if head_dtype != BF16:
+        weight = tape.new("head in bf16", vocab, hidden, BF16, "loss.logits")
+    for _ in range(min(2, -(-rows // chunk))):  # all but the last are alike
         logits = tape.new("logits of a chunk", chunk, vocab, BF16, "loss.logits")
+        tape.product()
         wide = tape.new("logits of a chunk in fp32", chunk, vocab, FP32, "loss.logits")
         del logits, wide
+    del weight
     loss = tape.new("loss", 1, 1, FP32)
     if node is not None:
-        node.save(tape, grad_hidden)
+        node.save(tape, picked)
+        node.save(tape, indices[0])
         loss.node = node
     return loss

@@ -143,7 +143,7 @@ class Step:
         self.tape.layer = -1
         self.rec.scope = "loss.logits"
         if self.run.levers.loss == "fused":
-            return [chunked_loss(self.tape, self.spec, last_hidden_state, self.wide)]
+            return [chunked_loss(self.tape, self.spec, last_hidden_state, self.wide, self.run.micro_batch_size)]
         return full_loss(self.tape, self.spec, last_hidden_state, self.wide)
 
     def decoder(self, inputs_embeds: Tensor) -> Tensor:

@@ -6,8 +6,6 @@ returns only these types: `sources` reads the world into them, `core` computes w
 the training child writes one (`Measurement`) back.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 SCHEMA_VERSION = 1
@@ -46,9 +44,34 @@ class Unplannable(ValueError):
         self.hint = hint
 
 
+class Value:
+    """Equality, hash and text of the dataclasses below, by their fields.
+
+    Written once here: letting `dataclass` generate them for every class doubles the time this module takes to import.
+    """
+
+    __slots__ = ()
+
+    def _fields(self) -> tuple[object, ...]:
+        return tuple(getattr(self, name) for name in self.__dataclass_fields__)  # type: ignore[attr-defined]
+
+    def __eq__(self, other: object) -> bool:
+        if other.__class__ is not self.__class__:
+            return NotImplemented
+        assert isinstance(other, Value)
+        return self._fields() == other._fields()
+
+    def __hash__(self) -> int:
+        return hash((self.__class__, self._fields()))
+
+    def __repr__(self) -> str:
+        names = self.__dataclass_fields__  # type: ignore[attr-defined]
+        return f"{self.__class__.__qualname__}({', '.join(f'{n}={getattr(self, n)!r}' for n in names)})"
+
+
 # --------------------------------------------------------------------------------------------------- the model
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSpec:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class ModelSpec(Value):
     """What a `config.json` says of a causal language model: enough to know every parameter's shape.
 
     `architecture` is `config.architectures[0]`, `model_type` picks the block (`core/architecture.py`). Widths are in
@@ -99,8 +122,8 @@ class ModelSpec:
 
 
 # ----------------------------------------------------------------------------------------------------- the run
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lora:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Lora(Value):
     """The adapter. `targets` are PEFT's `target_modules`: names, or the one name "all-linear"."""
 
     r: int = 16
@@ -110,8 +133,8 @@ class Lora:
     dtype: str = "float32"  # PEFT's autocast_adapter_dtype makes A and B float32 also under bf16
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Levers:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Levers(Value):
     """What may be turned to trade memory for time. The defaults are the `lean` recipe.
 
     `checkpointing` is "none", "all" or "every-K": every K-th layer is checkpointed.
@@ -127,8 +150,8 @@ class Levers:
     resident_layers: int | None = None  # for streaming: layers whose weights stay on the card; None: all
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataSpec:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class DataSpec(Value):
     """Training data: a JSONL, Parquet, CSV or text file, or the name of a `datasets` data set."""
 
     path: str
@@ -139,8 +162,8 @@ class DataSpec:
     on_bad_row: str = "fail"  # fail | skip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Schedule(Value):
     """How long and how fast to train; names and defaults as in `transformers.TrainingArguments` where it has them."""
 
     max_steps: int | None = None  # optimizer steps; None: num_train_epochs decides
@@ -155,8 +178,8 @@ class Schedule:
     seed: int = 42
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunSpec:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class RunSpec(Value):
     """What the user asked for. Only what costs memory or time is read by `core`; the rest passes to the trainer.
 
     `driver` is who plays the step: "trainer" (`transformers.Trainer(bf16=True)`: labels and mask are tensors of their
@@ -181,8 +204,8 @@ class RunSpec:
 
 
 # ----------------------------------------------------------------------------------------------------- the card
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuProcess:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class GpuProcess(Value):
     """Another user of the card. `used_bytes` and `name` are None where the driver does not say (WSL, containers)."""
 
     pid: int
@@ -190,8 +213,8 @@ class GpuProcess:
     used_bytes: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuProfile:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class GpuProfile(Value):
     """One card, live or stored.
 
     `total_bytes` is NVML's total; `usable_bytes` is what one process may fill, its CUDA context included: CUDA's
@@ -221,8 +244,8 @@ class GpuProfile:
 
 
 # ------------------------------------------------------------------------------------------------- the prediction
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorInfo:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class TensorInfo(Value):
     """A tensor that lives on the card at some time. `group` is the ledger's: weights, adapter, optimizer, ..."""
 
     name: str
@@ -233,8 +256,8 @@ class TensorInfo:
     group: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Event(Value):
     """Birth (`alloc`) or death of the tensor with this id, in the order in which the libraries do it."""
 
     phase: str
@@ -242,16 +265,16 @@ class Event:
     tensor: int  # index into Timeline.tensors
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Timeline:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Timeline(Value):
     """One steady optimizer step, played out; what is resident before it is born in phase "resident"."""
 
     tensors: tuple[TensorInfo, ...]
     events: tuple[Event, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Line(Value):
     """One row of the ledger: what is on the card at the highest point, and why it has that size."""
 
     key: str  # stable, dotted: "weights.nf4"
@@ -262,14 +285,14 @@ class Line:
     group: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PhasePeak:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class PhasePeak(Value):
     name: str  # load | prepare | forward | loss | backward | optimizer
     peak_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resident:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Resident(Value):
     """`torch.cuda.memory_allocated()` after loading, after `prepare_model_for_kbit_training`, after LoRA."""
 
     loaded_bytes: int
@@ -277,8 +300,8 @@ class Resident:
     with_lora_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Peak:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Peak(Value):
     """The highest point of a steady step.
 
     `allocated_bytes` is `max_memory_allocated()`; `reserved_bytes` is `max_memory_reserved()` with room to spare;
@@ -292,8 +315,8 @@ class Peak:
     device_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ledger:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Ledger(Value):
     """The answer of `estimate`. The lines add up to `peak.device_bytes`; those of basis exact to the allocated peak."""
 
     model: ModelSpec
@@ -307,8 +330,8 @@ class Ledger:
     warnings: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuVerdict:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class GpuVerdict(Value):
     """One card held against a ledger. `max_*` keep everything else as asked; 0 when not even 1 fits."""
 
     gpu: str
@@ -320,8 +343,8 @@ class GpuVerdict:
 
 
 # ------------------------------------------------------------------------------------------------------- the plan
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Candidate(Value):
     """One combination that the search priced."""
 
     levers: Levers
@@ -332,8 +355,8 @@ class Candidate:
     tokens_per_s: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Plan(Value):
     """A run with everything chosen, and why. `micro_batch_size * accumulation` is the effective batch, exactly."""
 
     run: RunSpec
@@ -350,8 +373,8 @@ class Plan:
 
 
 # ------------------------------------------------------------------------------------------------ what happened
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasuredPhase:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class MeasuredPhase(Value):
     """Measured bytes of one phase; None where the machine cannot say (a CPU has no device allocator).
 
     `allocated_bytes` is what was allocated at the phase's end, `peak_bytes` the most during it.
@@ -364,8 +387,8 @@ class MeasuredPhase:
     process_bytes: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measurement:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Measurement(Value):
     """What a run really used, and how it ended."""
 
     device: str  # cpu | cuda
@@ -386,8 +409,8 @@ class Measurement:
     message: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OomEvidence:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class OomEvidence(Value):
     """The numbers in an out-of-memory report. None: the report does not say."""
 
     message: str
@@ -402,8 +425,8 @@ class OomEvidence:
     others: tuple[GpuProcess, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fix:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Fix(Value):
     """A changed run, priced in full. `command` can be pasted."""
 
     title: str
@@ -415,8 +438,8 @@ class Fix:
     command: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Diagnosis:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Diagnosis(Value):
     evidence: OomEvidence
     causes: tuple[str, ...]
     fixes: tuple[Fix, ...]

@@ -42,13 +42,20 @@ class _Trimmed:
         return getattr(self._stream, name)
 
 
+class _Screen(Console):
+    """rich would end the program itself where the reader of a pipe has left; the command line decides that."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def console(stream: TextIO, width: int | None = None) -> Console:
     """A console without markup or highlighting. Piped output is 80 columns wide, unless COLUMNS or `width` says."""
     if width is None and not stream.isatty():
         columns = os.environ.get("COLUMNS", "")
         width = int(columns) if columns.isdecimal() and 0 < int(columns) < 10_000 else 80
     file = stream if stream.isatty() else cast(IO[str], _Trimmed(stream))
-    return Console(file=file, width=width, markup=False, highlight=False, emoji=False)
+    return _Screen(file=file, width=width, markup=False, highlight=False, emoji=False)
 
 
 def is_ascii(screen: Console) -> bool:
