@@ -547,6 +547,12 @@ def test_a_reader_that_leaves_is_no_error() -> None:
         assert child.wait() == BROKEN_PIPE
 
 
+def test_a_closed_stdout_is_no_error() -> None:
+    script = "import os, sys; os.close(1); os.execv(sys.executable, [sys.executable, '-m', 'vramplan', 'models'])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_real_estimate_adds_up() -> None:
     done = process("estimate", "llama-2-7b", "--gpu", "rtx-4090", "--gpu", "a100-80gb", "--json")
     assert done.returncode == 0, done.stderr

@@ -100,7 +100,9 @@ def test_gradient_is_the_finite_difference(name: str) -> None:
     some = hidden[:1, :5].clone().requires_grad_()  # one row of the batch is enough: gradcheck is quadratic
 
     def loss(part: Tensor) -> Tensor:
-        return fused_cross_entropy(torch.cat([torch.cat([part, hidden[:1, 5:]], 1), hidden[1:]]), rows, targets, head, 7.0)
+        return fused_cross_entropy(
+            torch.cat([torch.cat([part, hidden[:1, 5:]], 1), hidden[1:]]), rows, targets, head, 7.0
+        )
 
     assert torch.autograd.gradcheck(loss, (some,), atol=1e-6)
 

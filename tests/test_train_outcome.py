@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from vramplan.errors import InputError, VramplanError
 from vramplan.train.outcome import Interrupted, first_line, is_disk_full, is_out_of_memory, outcome_of
 from vramplan.train.progress import Lock, Progress

@@ -16,7 +16,10 @@ from vramplan.sources import records
 
 ROOT = Path(__file__).parent.parent
 VOCAB = 512
-WORDS = "the cat sat on a mat while old grey dogs ran over hills near quiet rivers under warm evening light".split()
+WORDS = (
+    *("the", "cat", "sat", "on", "a", "mat", "while", "old", "grey", "dogs"),
+    *("ran", "over", "hills", "near", "quiet", "rivers", "under", "warm", "evening", "light"),
+)
 
 
 def make_text(path: Path, lines: int = 120) -> Path:
@@ -80,7 +83,7 @@ def make_run(model: Path, text: Path, recipe: str = "lean", **changes: Any) -> R
 def child(run_dir: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     """`python -m vramplan.train RUN_DIR`, started."""
     command = [sys.executable, "-m", "vramplan.train", str(run_dir), *arguments]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=pipe, stderr=pipe)
 

@@ -84,8 +84,9 @@ def root(ctx: click.Context) -> int:
 
 def run(argv: list[str]) -> int:
     """Run one command line. Every failure becomes one line on stderr and the exit code of the contract."""
-    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # None where the caller has closed it
-    sys.stderr = sys.stderr or Path(os.devnull).open("w")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the caller has closed it
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 -- for as long as the process lives
     for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 shows "?", it does not end the program
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

@@ -41,8 +41,13 @@ class Player:
         self.norm_dtype = "bfloat16" if run.levers.upcast == "none" else "float32"
         self.kernel = kernel_for(gpu.compute_capability, self.heads, run.padding)
         self.adapters: Adapters = {}
-        self.cos = self.sin = tape.constant(run.seq_len, spec.head_dim, "bfloat16")
         self.mask: Tensor | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of cos, sin and mask: the decoder's forward has returned."""
+        self.cos = self.sin = self.tape.constant(self.run.seq_len, self.spec.head_dim, "bfloat16")
+        self.mask = None
 
     # --------------------------------------------------------------------------------------------- short forms
     def linear(self, x: Tensor, short: str) -> Tensor:

@@ -1,9 +1,8 @@
 """Replays loading, preparing and wrapping through the allocator, tensor by tensor.
 
 The order matters: a block whose rest is too small to split keeps it, so the same tensors can count a few MiB more or
-less. Played is a model built Linear by Linear (a bf16 weight on the card, quantised there, dropped), which is what
-`vramplan train --random-weights` does and what the measurements were made with; `from_pretrained` differs by about
-1 MiB (5,443.07 against 5,442.07 MiB for Llama-3.1-8B, docs/measurements).
+less. A weight comes to the card in bf16, is quantised there and dropped; with random weights it is drawn and scaled
+first, which takes it twice.
 """
 
 from __future__ import annotations
@@ -18,21 +17,39 @@ NF4_CODE_BYTES, NESTED_CODE_BYTES = 64, 1024
 class Loader:
     """Holds the resident blocks of one model in `memory`."""
 
-    def __init__(self, memory: Native, spec: ModelSpec, double_quant: bool) -> None:
+    def __init__(self, memory: Native, spec: ModelSpec, double_quant: bool, drawn: bool = False) -> None:
         self.memory = memory
+        self.drawn = drawn  # random weights
         self.spec = spec
         self.double_quant = double_quant
         self.plain: list[tuple[str, int, Handle]] = []  # unquantised parameters: name, elements, block
 
     def load(self) -> None:
         """Everything that `memory_allocated()` shows after the 4-bit load."""
+        if self.drawn:
+            self._linears()
+            self._rest(embedding_first=True)
+        else:  # from_pretrained takes the tensors of a checkpoint in the order of their names
+            self._head()
+            self._parameter("embed", self.spec.vocab_size * self.spec.hidden_size, matrix=True)
+            self._linears()
+            self._rest(embedding_first=False)
+        self.memory.empty_cache()
+
+    def _linears(self) -> None:
+        """Every 4-bit Linear, layer by layer."""
+        linears = [x for x in arch.layer_linears(self.spec) if x.quantised]
+        if not self.drawn:
+            linears.sort(key=lambda x: x.name)
+        for _ in range(self.spec.num_layers):
+            for x in linears:
+                self._quantise(x.in_features * x.out_features)
+
+    def _rest(self, embedding_first: bool) -> None:
+        """Everything that stays bf16, and the buffers."""
         spec = self.spec
-        for _ in range(spec.num_layers):
-            for linear in arch.layer_linears(spec):
-                if linear.quantised:
-                    self._quantise(linear.in_features * linear.out_features)
-        table = spec.vocab_size * spec.hidden_size
-        self._parameter("embed", table, matrix=True)
+        if embedding_first:
+            self._parameter("embed", spec.vocab_size * spec.hidden_size, matrix=True)
         for _ in range(spec.num_layers):
             for linear in arch.layer_linears(spec):
                 if not linear.quantised:
@@ -43,16 +60,17 @@ class Loader:
             self._parameter(name, elements)
         for elements in arch.buffer_elements(spec):
             self.memory.malloc(4 * elements)
-        if not spec.tie_word_embeddings:
-            self._parameter("lm_head", table, matrix=True)
-        self.memory.empty_cache()
+        if embedding_first:
+            self._head()
+
+    def _head(self) -> None:
+        if not self.spec.tie_word_embeddings:
+            self._parameter("lm_head", self.spec.vocab_size * self.spec.hidden_size, matrix=True)
 
     def _quantise(self, elements: int) -> None:
         """bitsandbytes `quantize_4bit` on the card: scales before the packed weight, then the scales of the scales."""
         malloc, free = self.memory.malloc, self.memory.free
-        drawn = malloc(2 * elements)
-        weight = malloc(2 * elements)
-        free(drawn)
+        weight = self._arrive(elements)
         blocks = -(-elements // 64)
         absmax = malloc(4 * blocks)
         malloc(-(-elements // 2))
@@ -68,12 +86,17 @@ class Loader:
         free(weight)
 
     def _parameter(self, name: str, elements: int, matrix: bool = False) -> None:
-        if matrix:  # drawn and scaled
-            drawn = self.memory.malloc(2 * elements)
-            self.plain.append((name, elements, self.memory.malloc(2 * elements)))
-            self.memory.free(drawn)
-        else:
-            self.plain.append((name, elements, self.memory.malloc(2 * elements)))
+        block = self._arrive(elements) if matrix else self.memory.malloc(2 * elements)
+        self.plain.append((name, elements, block))
+
+    def _arrive(self, elements: int) -> Handle:
+        """A bf16 matrix on the card."""
+        if not self.drawn:
+            return self.memory.malloc(2 * elements)
+        first = self.memory.malloc(2 * elements)
+        scaled = self.memory.malloc(2 * elements)
+        self.memory.free(first)
+        return scaled
 
     def upcast(self, which: str) -> None:
         """`prepare_model_for_kbit_training` ("all"), or the norms alone: cast one by one, the old tensor dies after."""

@@ -74,25 +74,33 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
 def capacity(model: ModelSpec, run: RunSpec, gpu: GpuProfile, quick: Quick | None = None) -> GpuVerdict:
     """One card's verdict, its largest micro-batch at this length and longest sequence at this micro-batch.
 
-    Raises Unplannable. The two maxima come from the sum of live tensors with the allocator's margin (modelled).
+    Raises Unplannable.
     """
     quick = quick or Quick(model, {})
-    ledger = estimate(model, run, gpu)
-    seq = largest(
-        lambda blocks: quick.bytes(replace(run, seq_len=min(blocks * 128, model.max_position_embeddings)), gpu)
-        <= gpu.usable_bytes,
-        -(-model.max_position_embeddings // 128),
-    )
+
+    def with_blocks(n: int) -> RunSpec:  # sequences in steps of 128 tokens, and the model's own limit
+        return replace(run, seq_len=min(128 * n, model.max_position_embeddings))
+
+    def with_batch(n: int) -> RunSpec:
+        return replace(run, micro_batch_size=n)
+
+    blocks = _largest_that_survives(quick, gpu, with_blocks, -(-model.max_position_embeddings // 128))
     return GpuVerdict(
         gpu=gpu.key,
         usable_bytes=gpu.usable_bytes,
-        verdict=judge(ledger, gpu),
-        max_batch_size=largest(
-            lambda n: quick.bytes(replace(run, micro_batch_size=n), gpu) <= gpu.usable_bytes, MAX_BATCH
-        ),
-        max_seq_len=min(seq * 128, model.max_position_embeddings),
+        verdict=judge(estimate(model, run, gpu), gpu),
+        max_batch_size=_largest_that_survives(quick, gpu, with_batch, MAX_BATCH),
+        max_seq_len=with_blocks(blocks).seq_len if blocks else 0,
         tokens_per_s=quick.speed(run, gpu),
     )
+
+
+def _largest_that_survives(quick: Quick, gpu: GpuProfile, variant: Callable[[int], RunSpec], most: int) -> int:
+    """By the sum of live tensors first, then down until the replay of the allocator agrees."""
+    n = largest(lambda n: quick.bytes(variant(n), gpu) <= gpu.usable_bytes, most)
+    while n and judge(estimate(quick.model, variant(n), gpu), gpu) == "does_not_fit":
+        n -= max(1, n // 50)
+    return n
 
 
 # ----------------------------------------------------------------------------------------------------------- plan

@@ -113,7 +113,9 @@ class Step:
         del loss
         tape.layer = -1
         tape.backward(root, tape.new("gradient of the loss", 1, 1, FP32))
+        tape.layer = -1
         self.rec.mark("backward end")
+        self.player.forget()
         tape.in_backward = False
         del ids, batch
         return inputs
@@ -163,6 +165,7 @@ class Step:
             hidden_states = self.layer(index, hidden_states)
         tape.layer = -1
         self.rec.mark("forward head")
+        player.forget()
         self.rec.scope = "activations.head"
         if spec.norm == "layernorm":
             return layernorm(tape, hidden_states, player.norm_dtype)
@@ -175,11 +178,11 @@ class Step:
             return block(player, hidden_states)
         if index:
             self.rec.relabel(hidden_states, "activations.checkpoints", "layer input kept")
-        adapters = self.adapters[index]
+        adapters, cos, sin, mask = self.adapters[index], player.cos, player.sin, player.mask
 
         def run(hidden_states: Tensor) -> Tensor:
             self.rec.scope = "activations.layers"
-            player.adapters = adapters
+            player.adapters, player.cos, player.sin, player.mask = adapters, cos, sin, mask
             return block(player, hidden_states)
 
         out = tape.checkpoint(run, hidden_states)

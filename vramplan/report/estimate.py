@@ -85,8 +85,8 @@ def next_step(ledger: Ledger, verdicts: Sequence[GpuVerdict]) -> tuple[str, str]
     if not verdicts:
         return "Which cards hold it:", f"vramplan estimate {run.model} --gpu all"
     batch = max(run.micro_batch_size * run.accumulation, 16)
-    fitting = [verdict.gpu for verdict in verdicts if verdict.verdict != "does_not_fit"]
-    card = fitting[0] if fitting else verdicts[0].gpu
+    fitting = [verdict for verdict in verdicts if verdict.verdict != "does_not_fit"]
+    card = min(fitting or verdicts, key=lambda verdict: verdict.usable_bytes).gpu
     return "Levers and micro-batch for a card:", f"vramplan fit {run.model} --effective-batch-size {batch} --gpu {card}"
 
 

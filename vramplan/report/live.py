@@ -73,11 +73,18 @@ class LiveDisplay:
     def __init__(self, screen: Any, planned_bytes: int) -> None:
         from rich.progress import BarColumn, Progress, TextColumn
 
+        from vramplan.report.tables import GROUP_COLOURS
+
         self.planned_bytes = planned_bytes
         self.total: int | None = None
         self.screen = screen
         self.progress = Progress(
-            BarColumn(bar_width=min(24, max(8, screen.width - 66))),
+            BarColumn(
+                bar_width=min(24, max(8, screen.width - 66)),
+                complete_style=GROUP_COLOURS["weights"],
+                finished_style=GROUP_COLOURS["adapter"],
+                pulse_style=GROUP_COLOURS["optimizer"],
+            ),
             TextColumn("{task.description}", markup=False),
             console=screen,
             transient=True,

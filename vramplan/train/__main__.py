@@ -112,5 +112,3 @@ def _say(outcome: Outcome, console: TextIO) -> int:
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
-
-

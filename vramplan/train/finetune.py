@@ -43,9 +43,7 @@ def finetune(run: RunSpec, run_dir: Path, *, resume: bool, progress: Progress, s
         records.append_jsonl(run_dir / "measurement.jsonl", meter.measurement(ended, message))
 
 
-def _finetune(
-    run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progress: Progress, stop: StopSignal
-) -> str:
+def _finetune(run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progress: Progress, stop: StopSignal) -> str:
     _refuse_what_is_not_built(run)
     transformers.utils.logging.disable_progress_bar()
     transformers.set_seed(run.schedule.seed)
@@ -174,14 +172,20 @@ def sample(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
     """The prompt and its continuation, greedy. A chat model gets the prompt as a user's message."""
     if tokenizer.chat_template:
         message = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        inputs = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     inputs = {k: v.to(model.device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
     model.eval()
     with torch.no_grad():
         output = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, pad_token_id=tokenizer.pad_token_id
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id,
         )
     text = tokenizer.decode(output[0], skip_special_tokens=True)
     return str(text)

@@ -64,8 +64,10 @@ def labelled_rows(labels: Tensor) -> tuple[Tensor, Tensor]:
     return rows, target[rows]
 
 
-def fused_cross_entropy(hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, normaliser: Tensor | float) -> Tensor:
-    """Sum of the cross entropies of the given rows divided by `normaliser`, as a float32 scalar (float64 if given that).
+def fused_cross_entropy(
+    hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, normaliser: Tensor | float
+) -> Tensor:
+    """Sum of the cross entropies of the given rows divided by `normaliser`, as a float32 scalar (float64 of float64).
 
     hidden [..., hidden_size]; rows, targets [n] from `labelled_rows`. Without rows the loss and its gradient are zero.
     """
@@ -74,7 +76,7 @@ def fused_cross_entropy(hidden: Tensor, rows: Tensor, targets: Tensor, head: Hea
     return loss
 
 
-class _FusedCrossEntropy(torch.autograd.Function):
+class _FusedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, normaliser: Tensor | float

@@ -161,7 +161,7 @@ def count_lines(model: Any, optimizer: Any, device: torch.device) -> tuple[Line,
             totals[key] = size + round_up(storage.nbytes(), GRANULARITY), count + 1
 
     for module in model.modules():
-        weight = getattr(module, "weight", None)
+        weight: Any = getattr(module, "weight", None)
         if type(weight).__name__ == "Params4bit":
             add("weights.nf4", [weight])
             add("weights.constants", _constants(weight.quant_state))
@@ -201,7 +201,7 @@ def _constants(state: Any) -> list[Tensor | None]:
 
 
 def _state_tensors(optimizer: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """The optimizer's tensors: (in managed memory, ordinary). Step counters of no dimension on the host are no state."""
+    """The optimizer's tensors: (in managed memory, ordinary). Step counters on the host are no state."""
     paged: list[Tensor] = []
     plain: list[Tensor] = []
     for state in optimizer.state.values():

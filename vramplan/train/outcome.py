@@ -41,7 +41,7 @@ def outcome_of(error: BaseException) -> Outcome:
     if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in TRAIN_MODULES:
         missing = MissingExtra(f"training (no module named {error.name!r})")
         return Outcome("error", missing.exit_code, missing.message, missing.hint)
-    return Outcome("error", OUR_ERROR, f"{type(error).__name__}: {first_line(error)}", "log.txt in the run folder has more")
+    return Outcome("error", OUR_ERROR, f"{type(error).__name__}: {first_line(error)}", "see log.txt in the run folder")
 
 
 def first_line(error: BaseException, limit: int = 400) -> str:

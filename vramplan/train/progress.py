@@ -1,4 +1,4 @@
-"""What the child tells the world while it runs: events, one line each, and the lock on the run folder. No torch here."""
+"""What the child tells the world while it runs: events, one a line, and the lock on the run folder. No torch here."""
 
 from __future__ import annotations
 

@@ -49,7 +49,9 @@ def random_model(run: RunSpec, folder: Path, quantization: BitsAndBytesConfig, d
     return model
 
 
-def _fill(module: nn.Module, quantization: BitsAndBytesConfig, device: torch.device, generator: torch.Generator) -> None:
+def _fill(
+    module: nn.Module, quantization: BitsAndBytesConfig, device: torch.device, generator: torch.Generator
+) -> None:
     """Replace the module's own meta parameters by random ones on the device, 4-bit where it is a Linear4bit."""
     for name, parameter in list(module.named_parameters(recurse=False)):
         if parameter.device.type != "meta":
@@ -75,9 +77,7 @@ def _fill(module: nn.Module, quantization: BitsAndBytesConfig, device: torch.dev
 def _random(name: str, like: Tensor, device: torch.device, generator: torch.Generator) -> Tensor:
     shape, dtype = like.shape, torch.bfloat16
     if like.dim() < 2:  # norms and biases
-        return torch.zeros(shape, dtype=dtype, device=device) if "bias" in name else torch.ones(
-            shape, dtype=dtype, device=device
-        )
+        return torch.full(shape, 0.0 if "bias" in name else 1.0, dtype=dtype, device=device)
     return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, STANDARD_DEVIATION, generator=generator)
 
 
@@ -92,9 +92,4 @@ def byte_tokenizer(folder: Path) -> Any:
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
-    fast.chat_template = (
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% if m['role'] == 'assistant' %}"
-        "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    return fast
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")

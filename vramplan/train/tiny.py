@@ -66,7 +66,7 @@ def make(
 
 def paragraphs() -> list[str]:
     """The paragraphs of the packaged text, each as one line, in the novel's order."""
-    text = resources.files("vramplan.train").joinpath("text", "persuasion.txt").read_text(encoding="ascii")
+    text = resources.files("vramplan.train").joinpath("text/persuasion.txt").read_text(encoding="ascii")
     return [" ".join(part.split()) for part in text.split("\n\n")]
 
 
@@ -156,7 +156,7 @@ def _warm_up(model: Any, tokenizer: Any, texts: Sequence[str], steps: int, repor
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m vramplan.train.tiny", description="Make a tiny model and its data.")
+    parser = argparse.ArgumentParser(prog="python -m vramplan.train.tiny", description="Makes a tiny model.")
     parser.add_argument("directory", type=Path, metavar="DIR", help="folder to make; absent or empty")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--warm-up-steps", type=int, default=WARM_UP_STEPS, help="0: leave the weights random")

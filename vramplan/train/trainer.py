@@ -1,4 +1,4 @@
-"""`transformers.Trainer` with three changes: the fused loss, events instead of logs, checkpoints whole or not at all."""
+"""`transformers.Trainer` with three changes: fused loss, events instead of logs, checkpoints whole or not at all."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def usable_optimizer(name: str, device: torch.device, progress: Progress) -> str
     return name
 
 
-class QloraTrainer(Trainer):
+class QloraTrainer(Trainer):  # type: ignore[misc]
     """`head` None: the stock loss with full logits. Else the decoder runs alone and the fused loss takes over."""
 
     def __init__(self, *, head: Head | None, meter: Meter, **keywords: Any) -> None:
@@ -189,7 +189,7 @@ def decoder_of(causal_lm: Any) -> Any:
     return decoder
 
 
-class Reporter(TrainerCallback):
+class Reporter(TrainerCallback):  # type: ignore[misc]
     """Writes the events of a training, counts, and ends it when a signal asks for that."""
 
     def __init__(self, trainer: QloraTrainer, progress: Progress, stop: StopSignal, examples: int) -> None:

@@ -1,0 +1,100 @@
+"""Verdicts, capacities and plans."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from measured import model
+
+from vramplan.core.ledger import estimate
+from vramplan.core.plan import capacity, divisors, judge, largest, plan
+from vramplan.core.recipes import RECIPES
+from vramplan.core.types import GpuProfile, Levers, RunSpec
+from vramplan.core.units import GIB
+from vramplan.sources.profiles import load_gpu
+
+SMALL = replace(model("smollm2-135m"), num_layers=6)
+
+
+def card(gib: float) -> GpuProfile:
+    return replace(load_gpu("rtx-4090"), key="card", total_bytes=int(gib * GIB), usable_bytes=int(gib * GIB))
+
+
+@given(st.integers(0, 500), st.integers(0, 500))
+def test_largest_finds_the_last_that_fits(limit, most):
+    assert largest(lambda n: n <= limit, most) == min(limit, most)
+
+
+def test_verdicts_by_what_is_needed_and_what_is_cached():
+    ledger = estimate(SMALL, RunSpec(model="s", seq_len=1024, levers=RECIPES["peft"]))
+    need, cached = ledger.peak.device_bytes, ledger.peak.reserved_bytes + card(1).context_bytes
+    assert need < cached
+    for usable, verdict in ((need - 1, "does_not_fit"), (need, "tight"), (cached - 1, "tight"), (cached, "fits")):
+        assert judge(ledger, replace(card(1), usable_bytes=usable)) == verdict
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.floats(1.0, 6.0), st.integers(1, 24), st.sampled_from(["lean", "peft"]))
+def test_the_plan_keeps_the_effective_batch_fits_and_is_not_timid(gib, effective, recipe):
+    run = RunSpec(model="s", seq_len=1024, recipe=recipe, levers=RECIPES[recipe])
+    gpu = card(gib)
+    found = plan(SMALL, run, gpu, effective)
+    assert found.run.micro_batch_size * found.run.accumulation == effective
+    if found.verdict == "does_not_fit":
+        assert found.advice
+        assert found.headroom_bytes < 0
+        return
+    assert found.headroom_bytes >= 0
+    assert estimate(SMALL, found.run, gpu).peak.device_bytes <= gpu.usable_bytes
+    options = divisors(effective)
+    larger = [d for d in options if d > found.run.micro_batch_size]
+    tried = {(c.levers.checkpointing, c.micro_batch_size) for c in found.candidates}
+    if larger and (found.run.levers.checkpointing, larger[0]) not in tried:
+        more = replace(found.run, micro_batch_size=larger[0], accumulation=effective // larger[0])
+        # nothing larger was passed over: it does not fit with the allocator's margin
+        assert estimate(SMALL, more, gpu).peak.device_bytes > 0.97 * gpu.usable_bytes
+
+
+def test_capacity_batch_fits_and_one_more_does_not():
+    gpu, run = card(3), RunSpec(model="s", seq_len=1024)
+    found = capacity(SMALL, run, gpu)
+    assert found.max_batch_size > 1
+    for batch, fits in ((found.max_batch_size, True), (found.max_batch_size + 1, False)):
+        verdict = judge(estimate(SMALL, replace(run, micro_batch_size=batch), gpu), gpu)
+        assert (verdict != "does_not_fit") is fits
+    longest = replace(run, seq_len=found.max_seq_len)
+    assert judge(estimate(SMALL, longest, gpu), gpu) != "does_not_fit"
+
+
+def test_more_card_never_means_a_smaller_plan():
+    run = RunSpec(model="llama-3.1-8b", seq_len=2048)
+    sizes = [capacity(model("llama-3.1-8b"), run, card(g)).max_batch_size for g in (8, 12, 24, 48)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[-1]
+
+
+def test_what_cannot_fit_comes_with_the_nearest_changes():
+    found = plan(model("llama-2-70b"), RunSpec(model="llama-2-70b"), load_gpu("rtx-4090"), 8)
+    assert found.verdict == "does_not_fit"
+    assert any("a card with" in advice for advice in found.advice)
+    stock = RunSpec(model="llama-3.1-8b", seq_len=4096, recipe="peft", levers=RECIPES["peft"])
+    found = plan(model("llama-3.1-8b"), stock, load_gpu("rtx-3060-12gb"), 4, free=())
+    assert found.verdict == "does_not_fit"
+    assert found.advice[0].startswith("--recipe lean")
+
+
+def test_a_pinned_lever_is_kept():
+    run = RunSpec(model="s", seq_len=512, levers=Levers(checkpointing="all"))
+    assert plan(SMALL, run, card(20), 4, free=()).run.levers.checkpointing == "all"
+    assert plan(SMALL, run, card(20), 4).run.levers.checkpointing == "none"
+
+
+@pytest.mark.parametrize("objective", ["memory", "context"])
+def test_objectives_of_memory_take_the_fewest_bytes(objective):
+    run = RunSpec(model="s", seq_len=512)
+    small = plan(SMALL, run, card(20), 8, objective)
+    fast = plan(SMALL, run, card(20), 8)
+    assert small.ledger.peak.device_bytes <= fast.ledger.peak.device_bytes

@@ -1,0 +1,230 @@
+"""The played step against the card, and its laws."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from measured import MIB, case_id, h200, model, rows, step_run
+
+from vramplan.core.blocks import PLAYED
+from vramplan.core.ledger import NO_CARD, estimate, simulate
+from vramplan.core.timeline import Step, Unrolled, checkpointed, play
+from vramplan.core.types import Levers, Lora, RunSpec, Unplannable
+
+STEPS = rows("h200-step-memory.jsonl")
+
+
+@pytest.fixture(scope="module")
+def errors():
+    """Relative error of the allocated peak, per row."""
+    return {}
+
+
+@pytest.mark.parametrize("row", STEPS, ids=case_id)
+def test_peak_against_the_card(row, errors):
+    sim = simulate(model(row["model"]), step_run(row), h200())
+    measured = row["mib"]
+    error = sim.allocated_bytes / MIB / measured["peak"] - 1
+    errors[case_id(row)] = error
+    assert -0.003 < error < 0.007
+    for phase, key in (("forward", "fwd_peak"), ("backward", "bwd_peak")):
+        if measured[key] is not None:
+            assert sim.played.allocated[phase] / MIB == pytest.approx(measured[key], rel=0.01)
+
+
+def test_mean_error_of_the_peak(errors):
+    if len(errors) < len(STEPS):
+        pytest.skip("needs every row of test_peak_against_the_card")
+    assert sum(abs(e) for e in errors.values()) / len(errors) < 0.001
+
+
+TRAINERS = [r for r in rows("h200-trainers.jsonl") if r["mode"] in ("stock", "lean")]
+
+
+@pytest.mark.parametrize("row", TRAINERS, ids=lambda r: f"{r['mode']}-{r['batch']}x{r['seq']}")
+def test_peak_of_trainers_against_the_card(row):
+    upcast = "all" if row["mode"] == "stock" else "none"
+    run = RunSpec(
+        model=row["model"],
+        micro_batch_size=row["batch"],
+        seq_len=row["seq"],
+        driver="loop",
+        random_weights=True,
+        levers=Levers(upcast=upcast, loss="full", optimizer="adamw_8bit", allocator="native"),
+    )
+    sim = simulate(model(row["model"]), run, h200())
+    assert sim.allocated_bytes / MIB == pytest.approx(row["peak"], rel=0.0005)
+    assert sim.played.reserved_bytes / MIB == pytest.approx(row["reserved"], rel=0.05)
+
+
+@pytest.mark.parametrize("row", rows("h200-smallest-cap.jsonl"), ids=lambda r: f"{r['batch']}x{r['seq']}{r['conf'][:4]}")
+def test_smallest_cap_is_never_under_the_measured_one(row):
+    kind = "expandable" if row["conf"] else "native"
+    run = RunSpec(
+        model="llama-2-7b",
+        micro_batch_size=row["batch"],
+        seq_len=row["seq"],
+        driver="loop",
+        random_weights=True,
+        lora=Lora(targets=("q_proj", "k_proj", "v_proj", "o_proj"), dropout=0.05),
+        levers=Levers(upcast="all", loss="full", optimizer="adamw_torch", allocator=kind),
+    )
+    found = estimate(model("llama-2-7b"), run, h200()).peak.minimum_bytes / MIB
+    assert row["mincap"] <= found <= 1.06 * row["mincap"]
+
+
+# ------------------------------------------------------------------------------------------------------ unrolling
+@pytest.mark.parametrize("checkpointing", ["none", "all", "every-2", "every-3"])
+@pytest.mark.parametrize("name", ["llama-2-7b", "gemma-2-9b", "pythia-1.4b"])
+def test_unrolling_is_the_same_as_playing_every_layer(checkpointing, name):
+    depth = 20 if checkpointing == "every-3" else 11
+    spec = replace(model(name), num_layers=depth)
+    run = RunSpec(model=name, seq_len=640, accumulation=2, levers=Levers(checkpointing=checkpointing, loss="full"))
+    short = play(spec, run, NO_CARD)
+    assert short.played < depth
+    step = Step(spec, run, NO_CARD)
+    step.play()
+    whole = Unrolled(step.rec, depth, depth, 1)
+    assert sizes(short) == sizes(whole)
+
+
+def sizes(unrolled: Unrolled) -> list[list[int]]:
+    """Births (+) and deaths (-) per section; outside the layers, where many layers' tensors die at once, unordered."""
+    out = []
+    for section, layer, changes in unrolled.steps():
+        sized = [unrolled.info[abs(e)][5] * (1 if e > 0 else -1) for e, _, _ in changes]
+        out.append(sized if layer >= 0 else sorted(sized))
+    return out
+
+
+def of_family(family: str):
+    """A built-in model of this family; the first Gemma is Gemma 2 with fewer norms and no caps."""
+    if family == "gemma":
+        plain = {"norm_placement": "pre", "attn_logit_softcapping": None, "final_logit_softcapping": None}
+        return replace(model("gemma-2-2b"), model_type="gemma", **plain)
+    return model(next(n for n in NAMES if model(n).model_type == family))
+
+
+@pytest.mark.parametrize("family", sorted(PLAYED))
+def test_every_tensor_of_a_step_dies_once_except_workspaces(family):
+    unrolled = play(replace(of_family(family), num_layers=6), RunSpec(model=family, seq_len=64), NO_CARD)
+    alive = set()
+    for _, layer, changes in unrolled.steps():
+        for event, key, relative in changes:
+            key += (layer << 20) if relative else 0
+            if event > 0:
+                assert key not in alive
+                alive.add(key)
+            else:
+                alive.remove(key)
+            row = unrolled.info[abs(event)]
+            if row[0] == "workspace.cublas":
+                alive.discard(key)
+    assert not alive
+
+
+NAMES = ("llama-2-7b", "mistral-7b-v0.3", "qwen2.5-0.5b", "qwen3-0.6b", "gemma-2-2b", "gemma-3-1b", "phi-4", "olmo-2-7b",
+         "smollm3-3b", "granite-3.1-2b", "starcoder2-3b", "pythia-1.4b", "llama-3.2-1b")  # fmt: skip
+
+# ----------------------------------------------------------------------------------------------------------- laws
+runs = st.builds(
+    lambda batch, blocks, rank, dropout, upcast, loss, checkpointing, optimizer, accumulation: RunSpec(
+        model="x",
+        micro_batch_size=batch,
+        seq_len=64 * blocks,
+        accumulation=accumulation,
+        lora=Lora(r=rank, dropout=dropout),
+        levers=Levers(upcast=upcast, loss=loss, checkpointing=checkpointing, optimizer=optimizer),
+    ),
+    st.integers(1, 4),
+    st.integers(1, 20),
+    st.sampled_from([4, 8, 16, 64]),
+    st.sampled_from([0.0, 0.1]),
+    st.sampled_from(["all", "norms", "none"]),
+    st.sampled_from(["full", "fused"]),
+    st.sampled_from(["all", "none", "every-2"]),
+    st.sampled_from(["adamw_torch", "adamw_8bit", "paged_adamw_8bit"]),
+    st.integers(1, 3),
+)
+specs = st.sampled_from([n for n in NAMES if n != "phi-4"]).map(lambda n: replace(model(n), num_layers=4))
+
+
+def peak(spec, run) -> int:
+    return estimate(spec, run).peak.allocated_bytes
+
+
+@settings(max_examples=25, deadline=None)
+@given(specs, runs)
+def test_rows_add_up(spec, run):
+    ledger = estimate(spec, run)
+    assert sum(line.bytes for line in ledger.lines) == ledger.peak.device_bytes
+    assert ledger.peak.allocated_bytes <= ledger.peak.minimum_bytes <= ledger.peak.reserved_bytes
+    assert ledger.peak.allocated_bytes == max(p.peak_bytes for p in ledger.phases if p.name != "load")
+    assert all(line.bytes > 0 for line in ledger.lines if line.basis == "exact" and line.key != "overhead.rounding")
+
+
+@settings(max_examples=25, deadline=None)
+@given(specs, runs, st.sampled_from(["batch", "sequence", "rank", "layers"]))
+def test_the_peak_never_falls_when_something_grows(spec, run, what):
+    more, larger = spec, run
+    if what == "batch":
+        larger = replace(run, micro_batch_size=run.micro_batch_size + 1)
+    elif what == "sequence":
+        larger = replace(run, seq_len=run.seq_len + 64)
+    elif what == "rank":
+        larger = replace(run, lora=replace(run.lora, r=2 * run.lora.r))
+    else:
+        more = replace(spec, num_layers=spec.num_layers + 2)
+    before, after = play(spec, run, NO_CARD), play(more, larger, NO_CARD)
+    # a few more tokens can cross from bitsandbytes' dequantising product to its fused kernel, never the other way
+    if run.micro_batch_size * run.seq_len > 1536 or what in ("rank", "layers"):
+        assert after.peak_bytes() >= before.peak_bytes()
+    assert peak(more, larger) >= 0.999 * peak(spec, run)
+
+
+@settings(max_examples=15, deadline=None)
+@given(specs, runs)
+def test_checkpointing_and_the_fused_loss_never_cost_memory(spec, run):
+    spec = replace(spec, num_layers=8)
+    none, every, full = (
+        play(spec, replace(run, levers=replace(run.levers, checkpointing=c)), NO_CARD).peak_bytes()
+        for c in ("none", "every-2", "all")
+    )
+    assert full <= every * 1.001
+    assert every <= none * 1.05 + 64 * MIB  # a batch of few tokens pays for the embedding's gradient
+    fused, whole = (
+        play(spec, replace(run, levers=replace(run.levers, loss=loss)), NO_CARD).peak_bytes()
+        for loss in ("fused", "full")
+    )
+    assert fused <= whole * 1.001
+
+
+def test_checkpointed_layers_are_transformers_every_n():
+    assert [i for i in range(9) if checkpointed("every-4", i)] == [0, 4, 8]
+    assert all(checkpointed("all", i) for i in range(9))
+    assert not any(checkpointed("none", i) for i in range(9))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"micro_batch_size": 0}, "batch size must be at least 1"),
+        ({"seq_len": 0}, "sequence length"),
+        ({"seq_len": 4097}, "over the 4096"),
+        ({"accumulation": 0}, "accumulation"),
+        ({"lora": Lora(r=0)}, "rank must be at least 1"),
+        ({"lora": Lora(dropout=1.0)}, "dropout"),
+        ({"lora": Lora(targets=("nope",))}, "matches no Linear"),
+    ],
+)
+def test_what_has_no_answer_is_refused(change, message):
+    with pytest.raises(Unplannable, match=message):
+        estimate(model("llama-2-7b"), replace(RunSpec(model="llama-2-7b"), **change))
+
+
+def test_a_block_that_is_not_described_is_refused():
+    with pytest.raises(Unplannable, match="falcon"):
+        estimate(model("falcon-7b"), RunSpec(model="falcon-7b"))

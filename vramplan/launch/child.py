@@ -1,0 +1,197 @@
+"""One training child from start to end: its environment, its events, its signals, its memory on the card."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vramplan.core.types import Measurement, RunSpec
+from vramplan.errors import MissingExtra, VramplanError
+from vramplan.launch.ending import Outcome, died, log_tail, said
+from vramplan.launch.folder import Lock
+from vramplan.launch.watching import Card, Tail, size_of
+from vramplan.sources import records
+
+if TYPE_CHECKING:
+    import subprocess
+
+_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+_POLL_S, _SAMPLE_S, _LAST_WORDS_S = 0.1, 1.0, 30.0
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+def launch(run_dir: Path, *, resume: bool = False, on_event: OnEvent = lambda event: None) -> Outcome:
+    """Run the child in a folder that `prepare_run_dir` made; returns when it has ended, however it did.
+
+    `on_event` gets each event of `progress.jsonl` as it appears. The first Ctrl-C (or SIGTERM) lets the child save its
+    state, the second ends it. MissingExtra if the training libraries are not installed, InputError if the folder is
+    in use or holds no run.
+    """
+    _require_libraries()
+    run_dir = run_dir.absolute()
+    run = records.read_json(run_dir / "run.json", RunSpec)
+    with Lock(run_dir) as lock:
+        return _Watch(run_dir, on_event, lock).run(_command(run_dir, resume), _environment(run, os.environ), resume)
+
+
+def _require_libraries() -> None:
+    from importlib.util import find_spec
+
+    if any(find_spec(name) is None for name in _LIBRARIES):
+        raise MissingExtra("vramplan train")
+
+
+def _command(run_dir: Path, resume: bool) -> list[str]:
+    return [sys.executable, "-m", "vramplan.train", str(run_dir), *(["--resume"] if resume else [])]
+
+
+def _environment(run: RunSpec, outer: Mapping[str, str]) -> dict[str, str]:
+    """The child's environment. What the user has set stays."""
+    env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", **outer}
+    asked = "PYTORCH_CUDA_ALLOC_CONF" in outer or "PYTORCH_ALLOC_CONF" in outer
+    if run.levers.allocator == "expandable" and not asked:
+        env["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # the name that every version of torch obeys
+    return env
+
+
+class _Watch:
+    """What the launcher knows of its child."""
+
+    def __init__(self, run_dir: Path, on_event: OnEvent, lock: Lock) -> None:
+        self.run_dir, self.on_event, self.lock = run_dir, on_event, lock
+        self.child: subprocess.Popen[bytes] | None = None
+        self.end: dict[str, Any] | None = None  # the child's last words
+        self.stops = 0  # signals that asked us to stop
+        self.peak_bytes: int | None = None
+
+    def run(self, command: list[str], env: dict[str, str], resume: bool) -> Outcome:
+        """Start it, follow it to its end."""
+        tail = Tail(self.run_dir / "progress.jsonl", from_end=resume)
+        measured = size_of(self.run_dir / "measurement.jsonl")
+        with _Signals(self):
+            child = self.child = _start(command, env, self.run_dir / "log.txt", resume)
+            try:
+                self.lock.pids.add(child.pid)
+                if self.stops:  # asked while it was starting
+                    _interrupt(child)
+                self._follow(child, tail)
+            except BaseException:  # the display failed: do not leave a training run behind that nobody watches
+                _end(child)
+                raise
+        return self._outcome(child.returncode, _last_measurement(self.run_dir, measured))
+
+    def stop(self) -> None:
+        """One request to stop: the first is passed on, the next ends the child."""
+        self.stops += 1
+        if self.child is not None and self.child.poll() is None:
+            if self.stops == 1:
+                _interrupt(self.child)
+            else:
+                self.child.kill()
+
+    def _follow(self, child: subprocess.Popen[bytes], tail: Tail) -> None:
+        told, next_sample = 0, 0.0
+        with Card(child.pid) as card:
+            while True:
+                ended = child.poll() is not None  # looked at before reading, so that the last words are read
+                for event in tail.read():
+                    if event["event"] == "end":
+                        self.end = event
+                    self.on_event(event)
+                if ended:
+                    return
+                if self.stops > told:
+                    told = self.stops
+                    text = "saving, then stopping; once more to stop at once" if told == 1 else "stopping at once"
+                    self.on_event({"t": time.time(), "event": "warning", "message": text})
+                if time.monotonic() >= next_sample:
+                    next_sample = time.monotonic() + _SAMPLE_S
+                    self.peak_bytes = card.sample()
+                time.sleep(_POLL_S)
+
+    def _outcome(self, returncode: int, measurement: Measurement | None) -> Outcome:
+        if self.end is not None:
+            ended, message, hint, code = said(self.end)
+        else:
+            ended, message, hint, code = died(returncode, self.stops, log_tail(self.run_dir / "log.txt"))
+        return Outcome(
+            exit_code=code,
+            ended=ended,
+            message=message,
+            hint=hint,
+            measurement=measurement,
+            peak_process_bytes=self.peak_bytes,
+        )
+
+
+def _start(command: list[str], env: dict[str, str], log: Path, resume: bool) -> subprocess.Popen[bytes]:
+    import subprocess
+
+    # A terminal sends Ctrl-C to a whole process group; in a group of its own the child hears only what we pass on.
+    group: dict[str, Any] = {"start_new_session": True}
+    if os.name == "nt":
+        group = {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
+    with log.open("ab" if resume else "wb") as output:
+        return subprocess.Popen(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, **group
+        )
+
+
+def _interrupt(child: subprocess.Popen[bytes]) -> None:
+    import signal
+
+    child.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGINT) if os.name == "nt" else signal.SIGINT)
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    import subprocess
+
+    if child.poll() is not None:
+        return
+    _interrupt(child)
+    try:
+        child.wait(_LAST_WORDS_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+class _Signals:
+    """SIGINT and SIGTERM become requests to stop. Only a main thread can do that; elsewhere nothing changes."""
+
+    def __init__(self, watch: _Watch) -> None:
+        self.watch = watch
+        self.old: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        import signal
+        import threading
+
+        if threading.current_thread() is threading.main_thread():
+            self.old = {number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *error: object) -> None:
+        import signal
+
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+    def _pass_on(self, number: int, frame: object) -> None:
+        self.watch.stop()
+
+
+def _last_measurement(run_dir: Path, size_before: int) -> Measurement | None:
+    """What this run measured; None if it did not come to that, or if what it wrote cannot be read."""
+    path = run_dir / "measurement.jsonl"
+    if size_of(path) <= size_before:
+        return None
+    try:
+        measurements = records.read_jsonl(path, Measurement)
+    except VramplanError:
+        return None
+    return measurements[-1] if measurements else None
