@@ -128,7 +128,9 @@ def make_plan(**changes: Any) -> Plan:
 
 def make_measurement(**changes: Any) -> Measurement:
     """What a card could have reported for `make_ledger()`: some lines equal, one a little off."""
-    measured = tuple(replace(line, basis="measured") for line in LINES if line.key.startswith(("weights", "adapter")))
+    measured = tuple(
+        replace(line, basis="measured") for line in LINES if line.key.startswith(("weights", "adapter.lora"))
+    )
     measured = (*measured[:-1], replace(measured[-1], bytes=measured[-1].bytes + 5 * MIB))
     ledger = make_ledger()
     value = Measurement(

@@ -434,6 +434,9 @@ def test_train_resumes_from_the_folder_alone(cli: Cli, rooms: Rooms, data: Path)
     for words in (("--resume", "-o", "out"), ("out", "--resume")):
         assert cli("train", *words).code == 0
         assert rooms.prepared == (Path("out"), stored, None, True)
+    assert cli("train", "--resume", "-o", "out", "--max-steps", 9).code == 0
+    longer = replace(stored, schedule=replace(stored.schedule, max_steps=9))
+    assert rooms.prepared == (Path("out"), longer, None, True)
     result = cli("train", "--resume", "-o", "out", "--lora-r", 4)
     assert result.code == 2 and "--lora-r cannot change" in result.error
 

@@ -44,7 +44,7 @@ ROOMS = {
     "report": Room(
         ours=("vramplan.core", "vramplan.errors", "vramplan.report"), third_party=frozenset({"rich"})
     ),
-    "launch.py": Room(ours=("vramplan.core", "vramplan.sources", "vramplan.errors")),
+    "launch": Room(ours=("vramplan.core", "vramplan.sources", "vramplan.errors", "vramplan.launch")),
     "trace": Room(ours=(*WITH_TORCH, "vramplan.trace"), third_party=frozenset(TORCH_STACK)),
     "train": Room(ours=(*WITH_TORCH, "vramplan.train"), third_party=frozenset(TORCH_STACK)),
     "cli": Room(
@@ -131,8 +131,8 @@ def test_law(path: str) -> None:
         ("sources/x.py", "from vramplan.report import tables"),
         ("report/x.py", "import click"),
         ("report/x.py", "from vramplan.sources.records import encode"),
-        ("launch.py", "def f():\n    import rich.console"),
-        ("launch.py", "from vramplan.train import tiny"),
+        ("launch/x.py", "def f():\n    import rich.console"),
+        ("launch/x.py", "from vramplan.train import tiny"),
         ("cli/x.py", "import rich"),
         ("cli/x.py", "def f():\n    from vramplan.train.tiny import main"),
         ("cli/x.py", "from vramplan import train"),

@@ -32,7 +32,8 @@ PLAIN_TEMPLATE = tiny.CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% 
 # As Qwen3's: a turn is written otherwise once a later one follows.
 REWRITING_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if loop.last and m['role'] == 'assistant' %}[thought]"
-    "{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -358,7 +359,7 @@ def test_no_usable_row_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(InputError, match="none of the 2 rows"):
         read(path, tokenizer)
     path.write_text("{\n{\n")
-    with pytest.raises(InputError, match="the first bad one: .*line 1"):
+    with pytest.raises(InputError, match=r"the first bad one: .*line 1"):
         read(path, tokenizer, on_bad_row="skip")
 
 

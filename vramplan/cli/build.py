@@ -182,9 +182,6 @@ def schedule(params: Params) -> Schedule:
 
 
 def given(ctx: click.Context, names: tuple[str, ...]) -> list[str]:
-    """Which of these parameters were written on the command line, as flags."""
-    from vramplan.cli.options import flag_of
-
+    """Which of these parameters were written on the command line."""
     source = click.core.ParameterSource.COMMANDLINE
-    return [flag_of(param) for param in ctx.command.params
-            if param.name in names and ctx.get_parameter_source(param.name) == source]  # fmt: skip
+    return [name for name in names if ctx.get_parameter_source(name) == source]

@@ -15,7 +15,7 @@ from vramplan.core.types import DataSpec, GpuProfile, Plan, RunSpec, Schedule
 from vramplan.errors import OUR_ERROR, InputError, VramplanError
 
 SHOWN_MODEL, SHOWN_CARDS = "llama-2-7b", ("rtx-3060-12gb", "rtx-4090", "a100-80gb")
-EFFECTIVE_BATCH, SEQ_LEN, STEPS, LEARNING_RATE = 8, 128, 60, 2e-3
+EFFECTIVE_BATCH, SEQ_LEN, STEPS, LEARNING_RATE = 8, 128, 50, 5e-3
 PROMPT = "She had been"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from vramplan.cli import build, options, runner
+from vramplan.cli.options import flag_of
 from vramplan.core.types import Ledger, ModelSpec, Plan, RunSpec, Schedule
 from vramplan.errors import DoesNotFit, InputError, VramplanError
 
@@ -18,6 +19,16 @@ SHAPING = (  # what a plan has settled
     "checkpoint_offload", "optim", "attn", "allocator",
 )  # fmt: skip
 
+DATA_FLAGS = (
+    "data",
+    "data_kind",
+    "text_column",
+    "split",
+    "eval_fraction",
+    "on_bad_row",
+    "model_path",
+    "random_weights",
+)
 
 EXAMPLE = "Example: vramplan train plan.json --data conversations.jsonl -o runs/first"
 
@@ -49,10 +60,10 @@ def _what(ctx: click.Context, params: build.Params) -> tuple[Path, RunSpec, Plan
     if params["resume"] and folder is not None and (model is None or Path(model) == folder):
         if not (folder / "run.json").is_file():
             raise InputError(f"{folder} is not a run folder: it holds no run.json")
-        _refuse(ctx, (*SHAPING, *_schedule_names()), "cannot change when a run is resumed")
+        _refuse(ctx, (*SHAPING, *DATA_FLAGS), "cannot change when a run is resumed")
         stored = folder / "plan.json"
         plan = records.read_json(stored, Plan) if stored.is_file() else None
-        return folder, records.read_json(folder / "run.json", RunSpec), plan
+        return folder, _with_schedule(ctx, records.read_json(folder / "run.json", RunSpec), params), plan
     if model is None:
         raise InputError("MODEL is missing", "vramplan models lists the built-in ones")
     if is_plan(model):
@@ -65,13 +76,16 @@ def _what(ctx: click.Context, params: build.Params) -> tuple[Path, RunSpec, Plan
 
 
 def _refuse(ctx: click.Context, names: tuple[str, ...], why: str) -> None:
-    flags = build.given(ctx, names)
-    if flags:
-        raise InputError(f"{flags[0]} {why}")
+    refused = build.given(ctx, names)
+    if refused:
+        flag = next(flag_of(param) for param in ctx.command.params if param.name == refused[0])
+        raise InputError(f"{flag} {why}")
 
 
-def _schedule_names() -> tuple[str, ...]:
-    return tuple(Schedule.__dataclass_fields__)
+def _with_schedule(ctx: click.Context, run: RunSpec, params: build.Params) -> RunSpec:
+    """A resumed run may go on for longer or slower: the schedule flags that were given replace the stored ones."""
+    names = build.given(ctx, tuple(Schedule.__dataclass_fields__))
+    return replace(run, schedule=replace(run.schedule, **{name: params[name] for name in names}))
 
 
 def is_plan(path: str) -> bool:

@@ -78,6 +78,7 @@ class Step:
         self.tape.layer = -1
         if self.run.driver == "trainer":
             kept = None
+        self.rec.mark("optimizer start")
         self.optimizer()
         del kept
         self.rec.mark("optimizer zero_grad")

@@ -52,7 +52,8 @@ def _with_fixed_paths(run_dir: Path, run: RunSpec) -> RunSpec:
 
 
 def _absolute(path: Path | str) -> str:
-    return str(Path(path).expanduser().absolute())
+    # Not resolve(): the Hub's cache links `train.jsonl` to a file whose name is a hash and has no extension.
+    return os.path.abspath(Path(path).expanduser())  # noqa: PTH100
 
 
 def _model_config(run_dir: Path, run: RunSpec) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
 from vramplan.core.types import RunSpec
 from vramplan.core.units import human
@@ -51,7 +51,12 @@ def _unpack_gguf(path: Path, folder: Path) -> Path:
     with _clear_errors(str(path)), whole_folder(folder) as temporary:
         place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         tokenizer = AutoTokenizer.from_pretrained(**place)
-        model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.bfloat16, device_map={"": "cpu"})
+        model = AutoModelForCausalLM.from_pretrained(
+            **place,
+            dtype=torch.bfloat16,
+            device_map={"": "cpu"},
+            quantization_config=GgufConfig(dequantize=True),
+        )
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return folder
