@@ -57,7 +57,14 @@ def step_run(row: dict[str, Any]) -> RunSpec:
 
 
 def case_id(row: dict[str, Any]) -> str:
-    parts = [row["model"], f"{row['batch']}x{row['seq']}", f"r{row['lora_r']}", row["optim"], row["attn"], row["driver"]]
+    parts = [
+        row["model"],
+        f"{row['batch']}x{row['seq']}",
+        f"r{row['lora_r']}",
+        row["optim"],
+        row["attn"],
+        row["driver"],
+    ]
     parts += [] if row["gradient_checkpointing"] else ["no-checkpointing"]
     parts += [] if row["prepare_for_kbit"] else ["not-prepared"]
     parts += [] if row["double_quant"] else ["single-quant"]

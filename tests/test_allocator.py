@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -102,7 +104,7 @@ def test_laws(kind, script):
         else:
             memory.empty_cache()
         spans = sorted((b.address, b.address + b.size) for b in held if isinstance(b, Block))
-        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False)), "blocks overlap"
+        assert all(a[1] <= b[0] for a, b in pairwise(spans)), "blocks overlap"
         assert sum(sizes) <= memory.allocated <= memory.reserved
         assert memory.allocated == sum(b if isinstance(b, int) else b.size for b in held)
     for block in held:

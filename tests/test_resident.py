@@ -47,7 +47,9 @@ def test_single_quantisation_costs_half_a_bit_and_double_an_eighth():
 def test_both_quantisations_of_one_model_match_the_card():
     single = next(r for r in STEPS if not r["double_quant"])
     double = next(r for r in STEPS if r["model"] == single["model"] and r["double_quant"] and r is not STEPS[0])
-    found = {r["double_quant"]: simulate(model(r["model"]), step_run(r)).resident.loaded_bytes for r in (single, double)}
+    found = {
+        r["double_quant"]: simulate(model(r["model"]), step_run(r)).resident.loaded_bytes for r in (single, double)
+    }
     # the measured single-quantised case ran with 64 MiB of workspaces already there
     assert (found[False] - found[True]) / MIB == pytest.approx(single["mib"]["loaded"] - 64 - 732.17, abs=3)
 
@@ -83,7 +85,10 @@ def test_paged_state_is_only_paged_from_100_000_elements():
 
 def test_targets_follow_peft():
     spec = model("llama-2-7b")
-    assert [x.short for x in arch.lora_linears(spec, Lora(targets=("q_proj", "self_attn.v_proj")))] == ["q_proj", "v_proj"]
+    assert [x.short for x in arch.lora_linears(spec, Lora(targets=("q_proj", "self_attn.v_proj")))] == [
+        "q_proj",
+        "v_proj",
+    ]
     assert len(arch.lora_linears(spec, Lora())) == 7
     with pytest.raises(Unplannable, match="query_key_value") as error:
         arch.lora_linears(spec, Lora(targets=("query_key_value",)))

@@ -60,7 +60,9 @@ def test_peak_of_trainers_against_the_card(row):
     assert sim.played.reserved_bytes / MIB == pytest.approx(row["reserved"], rel=0.05)
 
 
-@pytest.mark.parametrize("row", rows("h200-smallest-cap.jsonl"), ids=lambda r: f"{r['batch']}x{r['seq']}{r['conf'][:4]}")
+@pytest.mark.parametrize(
+    "row", rows("h200-smallest-cap.jsonl"), ids=lambda r: f"{r['batch']}x{r['seq']}{r['conf'][:4]}"
+)
 def test_smallest_cap_is_never_under_the_measured_one(row):
     kind = "expandable" if row["conf"] else "native"
     run = RunSpec(
@@ -94,7 +96,7 @@ def test_unrolling_is_the_same_as_playing_every_layer(checkpointing, name):
 def sizes(unrolled: Unrolled) -> list[list[int]]:
     """Births (+) and deaths (-) per section; outside the layers, where many layers' tensors die at once, unordered."""
     out = []
-    for section, layer, changes in unrolled.steps():
+    for _, layer, changes in unrolled.steps():
         sized = [unrolled.info[abs(e)][5] * (1 if e > 0 else -1) for e, _, _ in changes]
         out.append(sized if layer >= 0 else sorted(sized))
     return out
@@ -126,8 +128,8 @@ def test_every_tensor_of_a_step_dies_once_except_workspaces(family):
     assert not alive
 
 
-NAMES = ("llama-2-7b", "mistral-7b-v0.3", "qwen2.5-0.5b", "qwen3-0.6b", "gemma-2-2b", "gemma-3-1b", "phi-4", "olmo-2-7b",
-         "smollm3-3b", "granite-3.1-2b", "starcoder2-3b", "pythia-1.4b", "llama-3.2-1b")  # fmt: skip
+NAMES = ("llama-2-7b", "mistral-7b-v0.3", "qwen2.5-0.5b", "qwen3-0.6b", "gemma-2-2b", "gemma-3-1b", "phi-4",
+         "olmo-2-7b", "smollm3-3b", "granite-3.1-2b", "starcoder2-3b", "pythia-1.4b", "llama-3.2-1b")  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------- laws
 runs = st.builds(

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_left, insort
-from typing import Union
+from typing import TypeAlias
 
 from .units import MIB
 
@@ -47,7 +47,7 @@ class Block:
         self.following: Block | None = None
 
 
-Handle = Union[Block, int]  # an int is a request of that size in the small pool
+Handle: TypeAlias = "Block | int"  # an int is a request of that size in the small pool
 
 
 def segment_bytes(size: int) -> int:

@@ -79,7 +79,7 @@ def _mlp_linears(spec: ModelSpec, h: int, i: int) -> tuple[Linear, ...]:
     if spec.num_experts:
         return ()  # the experts are 3-D parameters, the router a bare weight
     if spec.fused_gate_up:
-        up = (Linear("mlp.gate_up_proj", h, 2 * i, spec.mlp_bias),)
+        up: tuple[Linear, ...] = (Linear("mlp.gate_up_proj", h, 2 * i, spec.mlp_bias),)
     elif spec.gated_mlp:
         up = (Linear("mlp.gate_proj", h, i, spec.mlp_bias), Linear("mlp.up_proj", h, i, spec.mlp_bias))
     else:

@@ -112,9 +112,7 @@ def sdpa(tape: Tape, q: Tensor, k: Tensor, v: Tensor, heads: Heads, kernel: str,
         def backward(g: Grads, n: Node) -> Grads:
             held = [n.take(i) for i in range(3)]
             scratch = [tape.new("attention scratch", 1, s, "uint8") for s in kernel_scratch(kernel, heads)]
-            out = [
-                tape.new(f"gradient of {name}", r, c, BF16) for name, (r, c) in zip("qkv", shapes, strict=True)
-            ]
+            out = [tape.new(f"gradient of {name}", r, c, BF16) for name, (r, c) in zip("qkv", shapes, strict=True)]
             del scratch, held
             return out
 

@@ -68,7 +68,9 @@ class Player:
     def norm(self, x: Tensor) -> Tensor:
         if self.spec.norm == "layernorm":
             return layernorm(self.tape, x, self.norm_dtype)
-        return rmsnorm(self.tape, x, self.norm_dtype, self.spec.norm == "gemma_rmsnorm", self.spec.model_type == "olmo2")
+        return rmsnorm(
+            self.tape, x, self.norm_dtype, self.spec.norm == "gemma_rmsnorm", self.spec.model_type == "olmo2"
+        )
 
     def head_norm(self, x: Tensor, heads: int) -> Tensor:
         """A norm over each head's channels."""
@@ -203,9 +205,7 @@ def neox_block(p: Player, hidden_states: Tensor) -> Tensor:
 def neox_attention(p: Player, hidden_states: Tensor) -> Tensor:
     qkv = p.linear(hidden_states, "query_key_value")
     query_states, key_states, value_states = chunk(p.tape, qkv, 3, "qkv")
-    query_states, key_states = rotary(
-        p.tape, query_states, key_states, p.cos, p.sin, p.spec.partial_rotary_factor
-    )
+    query_states, key_states = rotary(p.tape, query_states, key_states, p.cos, p.sin, p.spec.partial_rotary_factor)
     attn_output = p.attend(query_states, key_states, value_states)
     attn_output = p.linear(attn_output, "dense")
     return attn_output

@@ -20,7 +20,7 @@ def uses_fused_kernel(m: int, n: int, k: int, capability: tuple[int, int], sms: 
         return False
     if m < 8:
         return True
-    major, minor = capability
+    major = capability[0]
     if major < 8 or major == 11 or capability == (8, 7):  # no bf16 kernel, or never calibrated
         return False
     sms = sms or DEFAULT_SMS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .loss import chunk_tokens
-from .ops import BF16, FP32, Grads, _first, cast, linear, unary
+from .ops import BF16, FP32, Grads, cast, linear, unary
 from .tape import Node, Tape, Tensor
 from .types import ModelSpec
 

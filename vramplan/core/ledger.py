@@ -23,6 +23,8 @@ NO_CARD = GpuProfile(
 CAP_LADDER = (1.01, 1.03, 1.06, 1.10, 1.15, 1.20)
 MARGIN = {"expandable": 0.015, "native": 0.03}
 
+NOTABLE_PAGED_BYTES = 256 * MIB
+
 GROUPS = {
     "adapter": "adapter",
     "activations": "activations",
@@ -254,7 +256,7 @@ def _warnings(model: ModelSpec, run: RunSpec, sim: Simulation, gpu: GpuProfile |
         out.append("loading, not training, is the highest point of this run")
     if gpu is not None and gpu.compute_capability < (8, 0):
         out.append(f"{gpu.name} has no bf16 tensor cores: this plan assumes bf16")
-    if sim.paged_bytes:
+    if sim.paged_bytes > NOTABLE_PAGED_BYTES:
         out.append(
             f"{sim.paged_bytes / MIB:.0f} MiB of optimizer state are in managed memory, which may also occupy the card"
         )

@@ -46,7 +46,7 @@ def _first(grads: Grads) -> Tensor:
 
 
 def unary(tape: Tape, x: Tensor, name: str, *, saves: str = "none", columns: int | None = None) -> Tensor:
-    """neg, silu, mul by a number, ...: `saves` is "input", "result" or "none"; `columns` for reductions such as mean."""
+    """neg, silu, mul by a number, ...: `saves` is "input", "result" or "none"; `columns` for reductions."""
     node = None
     if x.node is not None:
         rows, wide = x.rows, x.columns

@@ -137,7 +137,9 @@ def plan(
         ledger = estimate(model, chosen, gpu)
         verdict = judge(ledger, gpu)
         if verdict != "does_not_fit":
-            return _plan(ledger, gpu, effective_batch_size, verdict, [c for c, _ in ranked], candidate, objective)
+            exact = replace(candidate, device_bytes=ledger.peak.device_bytes, verdict=verdict)
+            tried = [exact if c is candidate else c for c, _ in ranked]
+            return _plan(ledger, gpu, effective_batch_size, verdict, tried, exact, objective)
     smallest = min((pair for pair in candidates), key=lambda pair: pair[0].device_bytes)[1]
     return _impossible(quick, model, smallest, gpu, effective_batch_size, [c for c, _ in ranked])
 

@@ -98,7 +98,7 @@ def optimizer_bytes(spec: ModelSpec, lora: Lora, levers: Levers) -> tuple[int, i
     """(bytes on the card, bytes in managed memory) of the optimizer's state.
 
     bitsandbytes 0.50.2: 8-bit state from 4,096 elements on, one float32 absmax per 256; a tensor is paged only from
-    100,000 elements on; two 256-entry code tables once. torch: `step` counters are on the CPU, fused Adam's on the card.
+    100,000 elements on; two 256-entry code tables once. torch: `step` is on the CPU, fused Adam's on the card.
     """
     name = levers.optimizer
     on_card = paged = 0

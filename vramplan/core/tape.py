@@ -106,7 +106,7 @@ Backward = Callable[[Sequence["Tensor | None"], "Node"], "Sequence[Tensor | None
 
 
 class Node:
-    """One backward function. `edges` are (node, output, rows, columns, dtype) per input, None where no gradient goes."""
+    """One backward function. `edges` are (node, output, rows, columns, dtype) per input, None where none goes."""
 
     __slots__ = ("edges", "fn", "layer", "outputs", "saved", "sequence")
 

@@ -97,7 +97,9 @@ class Step:
         ids = tape.new("input_ids", run.micro_batch_size, run.seq_len, "int64")
         batch = []
         if run.driver == "trainer":
-            batch = [tape.new(name, run.micro_batch_size, run.seq_len, "int64") for name in ("labels", "attention_mask")]
+            batch = [
+                tape.new(name, run.micro_batch_size, run.seq_len, "int64") for name in ("labels", "attention_mask")
+            ]
         self.rec.mark("forward embed")
         tape.in_backward = False
         tape.cast_cache = {}
@@ -124,7 +126,9 @@ class Step:
     def outputs_to_fp32(self, outputs: list[Tensor]) -> list[Tensor]:
         """accelerate's `convert_outputs_to_fp32` copies the logits once more, though nobody asked for them."""
         if self.run.driver == "trainer" and len(outputs) > 1:
-            copy = self.tape.new("logits in fp32 for the caller", outputs[1].rows, outputs[1].columns, FP32, "loss.logits")
+            copy = self.tape.new(
+                "logits in fp32 for the caller", outputs[1].rows, outputs[1].columns, FP32, "loss.logits"
+            )
             del copy
         return outputs[:1]
 
