@@ -166,8 +166,10 @@ def test_a_folder_in_use(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
 def test_a_lock_whose_number_went_to_another_program_is_stale(tmp_path: Path) -> None:
-    other = subprocess.Popen(["sleep", "60"], cwd="/")
+    other = subprocess.Popen(["sleep", "60"])
     try:
+        while not Path(f"/proc/{other.pid}/cmdline").read_bytes():
+            time.sleep(0.01)  # it is being started
         (tmp_path / "lock").write_text(f"{other.pid}\n")
         with Lock(tmp_path):
             pass

@@ -13,7 +13,9 @@ import pytest
 from vramplan.errors import InputError
 
 pytest.importorskip("transformers")
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+
+import torch
 
 from vramplan.train import tiny
 

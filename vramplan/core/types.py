@@ -411,9 +411,16 @@ class Measurement(Value):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class OomEvidence(Value):
-    """The numbers in an out-of-memory report. None: the report does not say."""
+    """The numbers in an out-of-memory report. None: the report does not say.
+
+    `kind` is who wrote it: torch, cudaMallocAsync, cuda, cublas, cudnn, triton, nccl, bitsandbytes, or host (the
+    computer's memory, not the card's). `frames` are "file.py:line function", innermost last; `signs` are what else
+    the log says: checkpointing_inactive, float32_compute.
+    """
 
     message: str
+    kind: str = "torch"
+    rank: int | None = None
     requested_bytes: int | None = None
     gpu_index: int | None = None
     total_bytes: int | None = None
@@ -422,7 +429,10 @@ class OomEvidence(Value):
     process_bytes: int | None = None
     allocated_bytes: int | None = None
     reserved_unallocated_bytes: int | None = None
+    private_pools_bytes: int | None = None  # part of the allocated bytes, e.g. CUDA graphs
     others: tuple[GpuProcess, ...] = ()
+    frames: tuple[str, ...] = ()
+    signs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
@@ -440,6 +450,16 @@ class Fix(Value):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Diagnosis(Value):
+    """What happened, why (likeliest first), what to change (best first).
+
+    `causes` are sentences, `cause_keys` the rule behind each; `more` says what else would help. `predicted_bytes` is
+    the ledger's device bytes of the run as it was, `budget_bytes` what `fits` was held against.
+    """
+
     evidence: OomEvidence
     causes: tuple[str, ...]
     fixes: tuple[Fix, ...]
+    cause_keys: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()
+    predicted_bytes: int | None = None
+    budget_bytes: int | None = None

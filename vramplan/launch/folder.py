@@ -131,7 +131,8 @@ def _alive(pid: int) -> bool:
     except OSError:  # somebody else's
         pass
     try:  # the number may have gone to another program since
-        return b"vramplan" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return not command or b"vramplan" in command  # empty for a moment while a program starts
     except OSError:
         return True
 

@@ -81,15 +81,27 @@ def _fill(folder: Path, seed: int, warm_up_steps: int, report: Callable[[str], N
     random.Random(seed).shuffle(texts)
     warm_up, training = texts[: len(texts) // 2], texts[len(texts) // 2 :]
     tokenizer = make_tokenizer(texts)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = _model(tokenizer)
-        report(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens in the vocabulary")
-        _warm_up(model, tokenizer, [_bare(text) for text in warm_up], warm_up_steps, report)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as fast at this size, the same result on any number of cores, no fight for busy ones
+    try:
+        model = _trained_model(tokenizer, warm_up, seed, warm_up_steps, report)
+    finally:
+        torch.set_num_threads(threads)
     tokenizer.save_pretrained(folder)
     model.to(torch.bfloat16).save_pretrained(folder)
     lines = (json.dumps({"text": text}) + "\n" for text in training)
     (folder / "train.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _trained_model(tokenizer: Any, texts: Sequence[str], seed: int, steps: int, report: Callable[[str], None]) -> Any:
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _model(tokenizer)
+        report(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens in the vocabulary")
+        _warm_up(model, tokenizer, [_bare(text) for text in texts], steps, report)
+    return model
 
 
 def _bare(text: str) -> str:
@@ -171,6 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--warm-up-steps", type=int, default=WARM_UP_STEPS, help="0: leave the weights random")
     options = parser.parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # for one file of 3 MB
     try:
         make(options.directory, seed=options.seed, warm_up_steps=options.warm_up_steps)
     except VramplanError as error:

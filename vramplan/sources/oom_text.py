@@ -1,0 +1,263 @@
+"""Finds the first out-of-memory report in a log, however it is wrapped, prefixed or cut: log -> OomEvidence.
+
+Logs are untrusted and may be gigabytes: they are read in blocks, searched for a few byte strings, and only the
+neighbourhood of a hit is decoded and looked at. What a message does not say stays None.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import IO, Any, ContextManager
+
+from vramplan.core.types import OomEvidence
+from vramplan.errors import InputError
+from vramplan.sources.oom_fields import WEAK, kind_of, numbers
+
+BLOCK_BYTES = 2**20
+BEFORE_BYTES, AFTER_BYTES = 2**17, 2**16  # of the log around a hit: traceback before, wrapped lines after
+MAX_LINE, MAX_MESSAGE_LINES, MAX_MESSAGE = 8192, 14, 1200
+MAX_FRAMES, MAX_GAP, MAX_TRACEBACK_LINES = 40, 16, 600
+
+# Byte strings without which no block can hold a report. Kept few: each costs a search of the whole log.
+NEEDLES = (
+    b"out of memory", b"Out of memory", b"OutOfMemory", b"Tried to allocate", b"OUT_OF_MEMORY", b"ALLOC_FAILED",
+    b"CUDNN_STATUS_INTERNAL", b"exceed allowed memory", b"exceed per_process", b"CUDA calloc", b"MemoryAllocation",
+    b"allocate memory", b"MemoryError", b"Killed", b"SIGKILL", b"oom-kill", b"oom_kill", b": -9", b"status -9",
+    b"code 137", b"status 137", b": 137", b"Exit Code",
+)  # fmt: skip
+SIGNS = {
+    "checkpointing_inactive": b"None of the inputs have requires_grad=True",  # torch.utils.checkpoint
+    "float32_compute": b"but bnb_4bit_compute_dtype=torch.float32",  # bitsandbytes, Linear4bit
+}
+
+_HEAD = re.compile(
+    r"OutOfMemoryError|Tried\s+to\s+allocate|(?:CUDA|HIP|XPU)\s+out\s+of\s+memory|\bout\s+of\s+memory|"
+    r"preemptively\s+rejected|exceed\s+allowed\s+memory|exceed\s+per_process|_STATUS_ALLOC_FAILED|"
+    r"CUDNN_STATUS_INTERNAL_ERROR|CUDA_ERROR_OUT_OF_MEMORY|cudaErrorMemoryAllocation|hipErrorOutOfMemory|CUDA\s+calloc|"
+    r"allocate\s+memory|MemoryError\b|\bKilled\b|SIGKILL|oom[-_]kill|(?:code|status)\W{0,8}(?:137|-9)\b",
+    re.IGNORECASE,
+)
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+# What launchers put before each line: [rank1]:, [default1]:, 1: (srun -l), [1]<stderr>:, (Worker rank=1 pid=254)
+_PREFIX = re.compile(
+    r"\s*(?:\[(?:rank|default)(?P<a>\d{1,6})\]:?|\[(?:\d+,)?(?P<b>\d{1,6})\]<std(?:err|out)>:?|"
+    r"\(\w+ (?:rank=(?P<c>\d{1,6}) )?pid=\d+\)|(?P<d>\d{1,4}): )"
+)
+_STAMP = re.compile(
+    r"\s*(?:\[?\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d[.,\d]*Z?\]?|(?:ERROR|WARNING|INFO)\s+\d\d-\d\d \d\d:\d\d:\d\d)"
+    r"[\s,:-]*(?:\[[\w.]+:\d+\]\s*)?(?:-?\s*(?:ERROR|WARNING|INFO|CRITICAL)\s*[-:]?\s*)?"
+)
+_STOP = re.compile(r'Traceback \(most|\s*File "|During handling|The above exception|[\w.]*(?:Error|Exception|Warning):')
+_COMPLETE = re.compile(r"butunallocated\.|reservedintotalbyPyTorch\)|memoryfraction\):\S+$|CUDAcalloc\D*\d+bytes")
+MANY_LINES = ("torch", "cudaMallocAsync", "nccl")  # all others say everything on their first line
+_FRAMES = (
+    re.compile(r'File "(?P<file>[^"\n]+)", line (?P<line>\d+), in (?P<name>[^\s(]+)'),
+    re.compile(r"File (?P<file>\S+?):(?P<line>\d+), in (?P<name>\w+)"),
+    re.compile(r"(?P<file>\S+\.py):(?P<line>\d+) in (?P<name>[\w<>]+)"),
+    re.compile(r"(?P<file>\S+\.py) in (?P<name>\w+)\("),
+)
+
+Source = Path | str | IO[bytes] | IO[str]
+
+
+# ------------------------------------------------------------------------------------------------------- streams
+def read_evidence(source: Source) -> OomEvidence | None:
+    """The first out-of-memory report in a file (by its path) or an open stream; None if there is none.
+
+    Of several ranks the first one wins; a report of what asked for memory beats "exit code 137". Memory stays bounded
+    whatever the size of the log. InputError if the file cannot be read or is a memory snapshot.
+    """
+    try:
+        with _opened(source) as stream:
+            return _scan(_blocks(stream))
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path, a closed stream
+        raise InputError(f"cannot read {source}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def parse(text: str) -> OomEvidence | None:
+    """The first out-of-memory report in a text; None if there is none. Never raises, whatever the text."""
+    strong, weak = _first(text, len(text))
+    data = text.encode("utf-8", errors="replace")
+    return _with_signs(strong or weak, {name for name, needle in SIGNS.items() if needle in data})
+
+
+def _opened(source: Source) -> ContextManager[Any]:
+    if not isinstance(source, (str, Path)):
+        return nullcontext(source)
+    path = Path(source)
+    if path.exists() and not (path.is_file() or path.is_fifo()):
+        raise InputError(f"{path} is not a file")
+    return path.open("rb")
+
+
+def _blocks(stream: IO[bytes] | IO[str]) -> Iterator[bytes]:
+    """The stream as UTF-8 in blocks of about a MiB; PowerShell's `>` writes UTF-16."""
+    decoder = None
+    first = True
+    while True:
+        raw = stream.read(BLOCK_BYTES)
+        block = raw.encode("utf-8", errors="replace") if isinstance(raw, str) else bytes(raw or b"")
+        if first:
+            refuse_snapshot(block)
+            if block.startswith((b"\xff\xfe", b"\xfe\xff")):
+                import codecs
+
+                decoder = codecs.getincrementaldecoder("utf-16")(errors="replace")
+            first = False
+        if not block:
+            return
+        yield decoder.decode(block).encode("utf-8", errors="replace") if decoder else block
+
+
+def refuse_snapshot(head: bytes) -> None:
+    """InputError for a pickle or a compressed file by its first bytes."""
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        raise InputError("memory snapshots are not in this version", "give the log or the traceback instead")
+    if head[:4] in (b"PK\x03\x04", b"\x1f\x8b\x08\x00", b"\x1f\x8b\x08\x08", b"\x28\xb5\x2f\xfd"):
+        raise InputError("compressed files are not in this version", "unpack it and give the log")
+
+
+def _scan(blocks: Iterator[bytes]) -> OomEvidence | None:
+    before, weak = b"", None
+    signs: set[str] = set()
+    block = next(blocks, b"")
+    while block:
+        following = next(blocks, b"")
+        edge = block + following[:64]
+        signs |= {name for name, needle in SIGNS.items() if needle in edge}
+        if any(needle in edge for needle in NEEDLES):
+            here = (before + block).decode("utf-8", errors="replace")
+            strong, other = _first(here + following[:AFTER_BYTES].decode("utf-8", errors="replace"), len(here))
+            if strong is not None:
+                return _with_signs(strong, signs)
+            weak = weak or other
+        before = (before + block)[-BEFORE_BYTES:]
+        block = following
+    return _with_signs(weak, signs)
+
+
+def _with_signs(evidence: OomEvidence | None, signs: set[str]) -> OomEvidence | None:
+    if evidence is None or not signs:
+        return evidence
+    from dataclasses import replace
+
+    return replace(evidence, signs=tuple(sorted(signs)))
+
+
+# ------------------------------------------------------------------------------------------------------- reports
+def _first(text: str, limit: int) -> tuple[OomEvidence | None, OomEvidence | None]:
+    """The first report that starts before `limit`, and the first of what only tells how the process ended."""
+    weak, done = None, -1
+    for head in _HEAD.finditer(text):
+        if head.start() >= limit:
+            break
+        if head.start() <= done:
+            continue
+        start = max(text.rfind("\n", 0, head.start()), text.rfind("\r", 0, head.start())) + 1
+        start = max(start, head.start() - 512)
+        rank, lines = _message_lines(text, start)
+        done = start + len(lines[0]) if lines else head.start()
+        kind = kind_of(_compact(lines[:1]))
+        if kind is not None and kind not in MANY_LINES:
+            lines = lines[:1]
+        compact = _compact(lines)
+        kind = kind_of(compact)
+        if kind is None:
+            continue
+        evidence = OomEvidence(
+            message=_clean(lines), kind=kind, rank=rank, frames=_frames(text, start, rank, kind), **numbers(compact)
+        )
+        if not _is_weak(kind, compact):
+            return evidence, weak
+        weak = weak or evidence
+    return None, weak
+
+
+def _compact(lines: list[str]) -> str:
+    return re.sub(r"\s+", "", "".join(lines))
+
+
+def _is_weak(kind: str, compact: str) -> bool:
+    return kind in ("host", "cudnn") and WEAK.search(compact) is not None
+
+
+def _message_lines(text: str, start: int) -> tuple[int | None, list[str]]:
+    """(rank, the lines of the message without their prefixes), from the line that starts at `start`."""
+    rank: int | None = None
+    lines: list[str] = []
+    compact = ""
+    for number, raw in enumerate(_lines_from(text, start)):
+        who, line = _split_prefix(raw)
+        if number == 0:
+            rank = who
+        elif who is not None and who != rank:
+            continue  # another rank, in between
+        elif not line.strip() and "NCCL" in compact:
+            continue
+        elif not line.strip() or _STOP.match(line.lstrip()):
+            break
+        lines.append(line)
+        compact += _compact([line])
+        if len(lines) >= MAX_MESSAGE_LINES or len(compact) > MAX_MESSAGE or _COMPLETE.search(compact):
+            break
+    return rank, lines
+
+
+def _lines_from(text: str, start: int) -> Iterator[str]:
+    for _ in range(4 * MAX_MESSAGE_LINES):
+        if start >= len(text):
+            return
+        end = min((p for p in (text.find("\n", start), text.find("\r", start, start + MAX_LINE)) if p >= 0),
+                  default=len(text))  # fmt: skip
+        yield text[start : min(end, start + MAX_LINE)]
+        start = end + (2 if text[end : end + 2] == "\r\n" else 1)
+
+
+def _split_prefix(raw: str) -> tuple[int | None, str]:
+    """(rank, line) without colours, rank prefixes, time stamps and the frame of a boxed traceback."""
+    line = _ANSI.sub("", raw).strip("\x00")
+    rank: int | None = None
+    for _ in range(4):
+        prefix = _PREFIX.match(line)
+        if prefix is not None:
+            found = prefix["a"] or prefix["b"] or prefix["c"] or prefix["d"]
+            rank = int(found) if found and rank is None else rank
+            line = line[prefix.end() :]
+            continue
+        stamp = _STAMP.match(line)
+        if stamp is None:
+            break
+        line = line[stamp.end() :]
+    return rank, line.strip("│┃|╭╰╮╯─ \t") if line.lstrip()[:1] in "│┃╭╰" and line.strip() else line
+
+
+def _clean(lines: list[str]) -> str:
+    """One line: blanks and control characters to single blanks, without torch's closing advice."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in " ".join(lines)).split())
+    for closing in (" If reserved ", " See documentation "):
+        text = text.partition(closing)[0]
+    return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 3] + "..."
+
+
+def _frames(text: str, start: int, rank: int | None, kind: str) -> tuple[str, ...]:
+    """The traceback above the message, innermost last: "loss/loss_utils.py:37 fixed_cross_entropy"."""
+    if kind in ("host", "bitsandbytes", "nccl"):  # printed by the system or by C: what is above is something else's
+        return ()
+    found: list[str] = []
+    gap = 0
+    for raw in reversed(text[max(0, start - BEFORE_BYTES) : start].splitlines()[-MAX_TRACEBACK_LINES:]):
+        who, line = _split_prefix(raw[:MAX_LINE])
+        if who is not None and rank is not None and who != rank:
+            continue
+        frame = next((match for pattern in _FRAMES if (match := pattern.search(line))), None)
+        gap = 0 if frame else gap + 1
+        if gap > MAX_GAP or "Traceback (most recent call last)" in line or len(found) == MAX_FRAMES:
+            break
+        if frame is not None:
+            parts = frame.groupdict()
+            where = "/".join(re.split(r"[\\/]", parts["file"])[-3:])
+            found.append(f"{where}:{parts.get('line') or '?'} {parts['name']}"[:200])
+    return tuple(reversed(found))
