@@ -12,7 +12,7 @@ from vramplan.cli.output import print_json
 from vramplan.core.types import Ledger, Plan, RunSpec
 from vramplan.errors import BAD_INPUT, DOES_NOT_FIT, ENDED_IN_OOM, OK, OUR_ERROR, MissingExtra
 
-EXTRA_MODULES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "datasets", "safetensors")
+EXTRA_MODULES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "safetensors")
 KNOWN_EXITS = (OK, OUR_ERROR, BAD_INPUT, DOES_NOT_FIT, ENDED_IN_OOM, 130)
 
 

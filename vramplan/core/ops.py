@@ -252,24 +252,22 @@ def lora_linear4bit(
     bias: bool = False,
 ) -> Tensor:
     """peft `lora.bnb.Linear4bit.forward`: base, clone, B(A(dropout(x))) * scaling, sum."""
-    if lora is None:
-        return linear4bit(tape, x, n_out, name=name, double_quant=double_quant, fused=fused, bias=bias)
     result = linear4bit(tape, x, n_out, name=name, double_quant=double_quant, fused=fused, bias=bias)
-    return _add_lora(tape, x, result, lora, name, p, clone=True)
+    if lora is None:
+        return result
+    result = _clone(tape, result, name)
+    output = lora_output(tape, x, lora, name, p)
+    return add(tape, result, output, name)
 
 
-def _add_lora(
-    tape: Tape, x: Tensor, result: Tensor, lora: tuple[Tensor, Tensor], name: str, p: float, clone: bool
-) -> Tensor:
-    if clone:
-        result = _clone(tape, result, name)
-    output = unary(
+def lora_output(tape: Tape, x: Tensor, lora: tuple[Tensor, Tensor], name: str, p: float) -> Tensor:
+    """`lora_B(lora_A(dropout(x))) * scaling`."""
+    down = name + " lora_A"
+    return unary(
         tape,
-        linear(tape, linear(tape, dropout(tape, x, p), lora[0], name + " lora_A"), lora[1], name + " lora_B"),
+        linear(tape, linear(tape, dropout(tape, x, p), lora[0], down), lora[1], name + " lora_B"),
         name + " lora scaled",
     )
-    result = add(tape, result, output, name)
-    return result
 
 
 def lora_linear(
@@ -277,7 +275,7 @@ def lora_linear(
 ) -> Tensor:
     """peft `lora.Linear.forward` over a Linear that was not quantised (Falcon)."""
     result = linear(tape, x, weight, name)
-    return result if lora is None else _add_lora(tape, x, result, lora, name, p, clone=False)
+    return result if lora is None else add(tape, result, lora_output(tape, x, lora, name, p), name)
 
 
 def _clone(tape: Tape, x: Tensor, name: str) -> Tensor:

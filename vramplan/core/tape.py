@@ -140,14 +140,15 @@ class Node:
 class Leaf(Node):
     """AccumulateGrad: keeps the gradient of a parameter, or of inputs that were told to require one."""
 
-    __slots__ = ("grad", "name", "tape")
+    __slots__ = ("grad", "name", "tape", "variable")
 
-    def __init__(self, tape: Tape, name: str = "") -> None:
+    def __init__(self, tape: Tape, name: str = "", variable: Tensor | None = None) -> None:
         super().__init__(tape, (), _no_backward)
         self.sequence = sys.maxsize  # torch runs these first
         self.grad: Tensor | None = None
         self.name = name
         self.tape = tape
+        self.variable = variable  # the graph keeps its leaves alive
 
     def accumulate(self, grad: Tensor) -> None:
         """The first gradient is kept as it is (stolen), later ones are added to it."""
@@ -168,12 +169,13 @@ class StopRecomputation(Exception):
 class Frame:
     """One non-reentrant checkpoint (torch/utils/checkpoint.py, _CheckpointFrame)."""
 
-    __slots__ = ("count", "done", "fn", "inputs", "recomputed", "tape")
+    __slots__ = ("count", "done", "fn", "input", "offloaded", "recomputed", "tape")
 
-    def __init__(self, tape: Tape, fn: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
+    def __init__(self, tape: Tape, fn: Callable[[Tensor], Tensor], x: Tensor, offload: bool) -> None:
         self.tape = tape
         self.fn = fn
-        self.inputs: Sequence[Tensor] | None = inputs
+        self.input = Tensor(None, x.rows, x.columns, x.dtype, x.node) if offload else x
+        self.offloaded = offload
         self.count = 0
         self.recomputed: dict[int, Tensor] = {}
         self.done = False
@@ -231,22 +233,26 @@ class Tape:
                 raise StopRecomputation
         return Slot(tensor.detach())
 
-    def checkpoint(self, fn: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        frame = Frame(self, fn, inputs)
+    def checkpoint(self, fn: Callable[[Tensor], Tensor], x: Tensor, offload: bool = False) -> Tensor:
+        """Run `fn`, keeping only its input: on the card, or (`offload`) in pinned host memory."""
+        frame = Frame(self, fn, x, offload)
         self.frame = frame
         try:
-            return fn(*inputs)
+            return fn(x)
         finally:
             self.frame = None
 
     def recompute(self, frame: Frame) -> None:
-        assert frame.inputs is not None
         cache, self.cast_cache = self.cast_cache, {}
         scope = self.rec.scope
-        inputs = [t if t.node is None else _leaf_like(t, self) for t in frame.inputs]
+        x = frame.input.detach()
+        if frame.offloaded:
+            x = self.new("layer input back from the host", x.rows, x.columns, x.dtype, "activations.checkpoints")
+        if frame.input.node is not None:
+            x.node = Leaf(self)  # the recomputation has no history beyond its input
         self.replay = (frame, [0])
         try:
-            frame.fn(*inputs)
+            frame.fn(x)
         except StopRecomputation:
             pass
         finally:
@@ -302,13 +308,6 @@ class Tape:
         node.saved = None
         node.fn = None
         return results
-
-
-def _leaf_like(tensor: Tensor, tape: Tape) -> Tensor:
-    """A checkpoint's input seen by its recomputation: the same storage, no history beyond it."""
-    copy = tensor.detach()
-    copy.node = Leaf(tape)
-    return copy
 
 
 def _dependencies(root: Node) -> dict[Node, int]:

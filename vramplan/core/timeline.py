@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from . import architecture as arch
 from .blocks import Player, block
 from .head import chunked_loss, full_loss
-from .ops import BF16, FP32, layernorm, rmsnorm, unary
+from .ops import BF16, FP32, dropout, layernorm, rmsnorm, unary
 from .tape import Leaf, Recorder, Tape, Tensor
 from .types import GpuProfile, ModelSpec, RunSpec
 
@@ -139,10 +139,10 @@ class Step:
         if self.spec.model_type.startswith("gemma"):
             inputs = unary(tape, inputs, "inputs_embeds scaled")
         if self.run.levers.checkpointing != "none":
-            inputs.node = Leaf(tape)
+            inputs.node = Leaf(tape, variable=inputs.detach())
         if self.spec.model_type == "granite":
             inputs = unary(tape, inputs, "inputs_embeds scaled")
-        return inputs
+        return dropout(tape, inputs, self.spec.embedding_dropout)
 
     def forward(self, inputs_embeds: Tensor) -> list[Tensor]:
         """Decoder, final norm, head and loss: [loss] or [loss, logits] as the model returns them."""
@@ -181,7 +181,7 @@ class Step:
         if not checkpointed(self.run.levers.checkpointing, index):
             self.rec.scope = "activations.layers"
             return block(player, hidden_states)
-        if index:
+        if index and not self.run.levers.checkpoint_offload:
             self.rec.relabel(hidden_states, "activations.checkpoints", "layer input kept")
         adapters, cos, sin, mask = self.adapters[index], player.cos, player.sin, player.mask
 
@@ -190,8 +190,7 @@ class Step:
             player.adapters, player.cos, player.sin, player.mask = adapters, cos, sin, mask
             return block(player, hidden_states)
 
-        out = tape.checkpoint(run, hidden_states)
-        return out
+        return tape.checkpoint(run, hidden_states, self.run.levers.checkpoint_offload)
 
     def optimizer(self) -> None:
         """Clipping (small norms) and what the optimizer's kernels allocate on the way."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import IO, Any, ContextManager
+from typing import IO, Any
 
 from vramplan.core.types import OomEvidence
 from vramplan.errors import InputError
@@ -18,28 +18,26 @@ from vramplan.sources.oom_fields import WEAK, kind_of, numbers
 
 BLOCK_BYTES = 2**20
 BEFORE_BYTES, AFTER_BYTES = 2**17, 2**16  # of the log around a hit: traceback before, wrapped lines after
-MAX_LINE, MAX_MESSAGE_LINES, MAX_MESSAGE = 8192, 14, 1200
+MAX_LINE, MAX_MESSAGE_LINES, MAX_MESSAGE = 8192, 40, 1200
 MAX_FRAMES, MAX_GAP, MAX_TRACEBACK_LINES = 40, 16, 600
 
-# Byte strings without which no block can hold a report. Kept few: each costs a search of the whole log.
-NEEDLES = (
-    b"out of memory", b"Out of memory", b"OutOfMemory", b"Tried to allocate", b"OUT_OF_MEMORY", b"ALLOC_FAILED",
-    b"CUDNN_STATUS_INTERNAL", b"exceed allowed memory", b"exceed per_process", b"CUDA calloc", b"MemoryAllocation",
-    b"allocate memory", b"MemoryError", b"Killed", b"SIGKILL", b"oom-kill", b"oom_kill", b": -9", b"status -9",
-    b"code 137", b"status 137", b": 137", b"Exit Code",
+# Strings without which no line can start a report: searching for them is all that most of a log costs. The first may be
+# cut off by a line break, the others say what they say on one line.
+LONG = (
+    "out of memory", "OutOfMemory", "Tried to allocate", "exceed allowed memory", "exceed per_process", "CUDA calloc",
 )  # fmt: skip
+SHORT = (
+    "OUT_OF_MEMORY", "ALLOC_FAILED", "CUDNN_STATUS_INTERNAL", "MemoryAllocation", "allocate memory", "MemoryError",
+    "Out of memory", "Killed", "SIGKILL", "oom-kill", "oom_kill", "code: -9", "code  : -9", "status -9", "code 137",
+    "status 137", "code: 137", "Exit Code: ",
+)  # fmt: skip
+NEEDLES = tuple(needle.encode() for needle in (*LONG, *SHORT))
+MAX_HITS = 256  # of one string in one block: a log that repeats it thousands of times is not looked at line by line
 SIGNS = {
     "checkpointing_inactive": b"None of the inputs have requires_grad=True",  # torch.utils.checkpoint
     "float32_compute": b"but bnb_4bit_compute_dtype=torch.float32",  # bitsandbytes, Linear4bit
 }
 
-_HEAD = re.compile(
-    r"OutOfMemoryError|Tried\s+to\s+allocate|(?:CUDA|HIP|XPU)\s+out\s+of\s+memory|\bout\s+of\s+memory|"
-    r"preemptively\s+rejected|exceed\s+allowed\s+memory|exceed\s+per_process|_STATUS_ALLOC_FAILED|"
-    r"CUDNN_STATUS_INTERNAL_ERROR|CUDA_ERROR_OUT_OF_MEMORY|cudaErrorMemoryAllocation|hipErrorOutOfMemory|CUDA\s+calloc|"
-    r"allocate\s+memory|MemoryError\b|\bKilled\b|SIGKILL|oom[-_]kill|(?:code|status)\W{0,8}(?:137|-9)\b",
-    re.IGNORECASE,
-)
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 # What launchers put before each line: [rank1]:, [default1]:, 1: (srun -l), [1]<stderr>:, (Worker rank=1 pid=254)
 _PREFIX = re.compile(
@@ -84,7 +82,7 @@ def parse(text: str) -> OomEvidence | None:
     return _with_signs(strong or weak, {name for name, needle in SIGNS.items() if needle in data})
 
 
-def _opened(source: Source) -> ContextManager[Any]:
+def _opened(source: Source) -> AbstractContextManager[Any]:
     if not isinstance(source, (str, Path)):
         return nullcontext(source)
     path = Path(source)
@@ -151,37 +149,52 @@ def _with_signs(evidence: OomEvidence | None, signs: set[str]) -> OomEvidence | 
 def _first(text: str, limit: int) -> tuple[OomEvidence | None, OomEvidence | None]:
     """The first report that starts before `limit`, and the first of what only tells how the process ended."""
     weak, done = None, -1
-    for head in _HEAD.finditer(text):
-        if head.start() >= limit:
-            break
-        if head.start() <= done:
+    for hit in sorted(position for needle in (*LONG, *SHORT) for position in _hits(text, needle, limit)):
+        if hit <= done:
             continue
-        start = max(text.rfind("\n", 0, head.start()), text.rfind("\r", 0, head.start())) + 1
-        start = max(start, head.start() - 512)
-        rank, lines = _message_lines(text, start)
-        done = start + len(lines[0]) if lines else head.start()
-        kind = kind_of(_compact(lines[:1]))
-        if kind is not None and kind not in MANY_LINES:
-            lines = lines[:1]
-        compact = _compact(lines)
-        kind = kind_of(compact)
-        if kind is None:
-            continue
-        evidence = OomEvidence(
-            message=_clean(lines), kind=kind, rank=rank, frames=_frames(text, start, rank, kind), **numbers(compact)
-        )
-        if not _is_weak(kind, compact):
+        start = max(text.rfind("\n", 0, hit), text.rfind("\r", 0, hit), hit - 512) + 1
+        evidence, end = _report(text, start)
+        done = max(end, hit)
+        if evidence is not None and not _is_weak(evidence):
             return evidence, weak
         weak = weak or evidence
     return None, weak
+
+
+def _hits(text: str, needle: str, limit: int) -> Iterator[int]:
+    at = text.find(needle, 0, limit + len(needle))
+    for _ in range(MAX_HITS):
+        if at < 0:
+            return
+        yield at
+        at = text.find(needle, at + len(needle), limit + len(needle))
+
+
+def _report(text: str, start: int) -> tuple[OomEvidence | None, int]:
+    """The report in the line that starts at `start`, and where that line ends."""
+    raw = next(_lines_from(text, start), "")
+    end = start + len(raw)
+    kind = kind_of(_compact([_split_prefix(raw)[1]]))
+    if kind is None and not any(needle in raw for needle in LONG):
+        return None, end
+    rank, lines = _message_lines(text, start)
+    if kind is not None and kind not in MANY_LINES:
+        lines = lines[:1]
+    compact = _compact(lines)
+    kind = kind_of(compact)
+    if kind is None:
+        return None, end
+    found, frames = numbers(compact), _frames(text, start, rank, kind)
+    needed = next(n for n in range(1, len(lines) + 1) if numbers(_compact(lines[:n])) == found)
+    return OomEvidence(message=_clean(lines[:needed]), kind=kind, rank=rank, frames=frames, **found), end
 
 
 def _compact(lines: list[str]) -> str:
     return re.sub(r"\s+", "", "".join(lines))
 
 
-def _is_weak(kind: str, compact: str) -> bool:
-    return kind in ("host", "cudnn") and WEAK.search(compact) is not None
+def _is_weak(evidence: OomEvidence) -> bool:
+    return evidence.kind in ("host", "cudnn") and WEAK.search(_compact([evidence.message])) is not None
 
 
 def _message_lines(text: str, start: int) -> tuple[int | None, list[str]]:

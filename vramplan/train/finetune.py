@@ -169,23 +169,18 @@ def _train(trainer: QloraTrainer, checkpoint: Path | None, stop: StopSignal) -> 
 
 
 def sample(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
-    """The prompt and its continuation, greedy. A chat model gets the prompt as a user's message."""
-    if tokenizer.chat_template:
+    """Greedy: a chat model's answer to the prompt as a user's message; of any other, the prompt and how it goes on."""
+    chat = bool(tokenizer.chat_template)
+    if chat:
         message = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        template = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        inputs = tokenizer.apply_chat_template(message, **template)
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     inputs = {k: v.to(model.device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+    how = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
     model.eval()
     with torch.no_grad():
-        output = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    text = tokenizer.decode(output[0], skip_special_tokens=True)
-    return str(text)
+        output = model.generate(**inputs, **how, pad_token_id=tokenizer.pad_token_id)[0]
+    shown = output[inputs["input_ids"].shape[1] :] if chat else output
+    return str(tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False))

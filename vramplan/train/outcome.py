@@ -44,7 +44,7 @@ def outcome_of(error: BaseException) -> Outcome:
     return Outcome("error", OUR_ERROR, f"{type(error).__name__}: {first_line(error)}", "see log.txt in the run folder")
 
 
-def first_line(error: BaseException, limit: int = 400) -> str:
+def first_line(error: BaseException, limit: int = 2000) -> str:
     """The first line of an exception's text that is not empty, cut to `limit` characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__

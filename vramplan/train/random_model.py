@@ -46,6 +46,8 @@ def random_model(run: RunSpec, folder: Path, quantization: BitsAndBytesConfig, d
     quantizer.postprocess_model(model)
     model.name_or_path = model.config.name_or_path = str(folder)
     model.eval()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the blocks of all those temporaries
     return model
 
 
@@ -78,7 +80,9 @@ def _random(name: str, like: Tensor, device: torch.device, generator: torch.Gene
     shape, dtype = like.shape, torch.bfloat16
     if like.dim() < 2:  # norms and biases
         return torch.full(shape, 0.0 if "bias" in name else 1.0, dtype=dtype, device=device)
-    return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, STANDARD_DEVIATION, generator=generator)
+    # Two temporaries rather than one filled in place: with these sizes freed, the packed weights of a native allocator
+    # find blocks that it can split, and no unused tails count as allocated.
+    return torch.randn(shape, dtype=dtype, device=device, generator=generator) * STANDARD_DEVIATION
 
 
 def byte_tokenizer(folder: Path) -> Any:

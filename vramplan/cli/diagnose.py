@@ -1,0 +1,135 @@
+"""`vramplan diagnose`: what took the memory, and which change fixes it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vramplan.cli import build, options
+from vramplan.cli.output import print_json
+from vramplan.core.types import SCHEMA_VERSION, GpuProfile, ModelSpec, OomEvidence, Plan, RunSpec, Unplannable
+from vramplan.errors import OK, InputError, VramplanError
+
+if TYPE_CHECKING:
+    from vramplan.core.types import Diagnosis
+
+EXAMPLE = "Example: vramplan diagnose train.log --model llama-3.1-8b --recipe peft --batch-size 2 --gpu rtx-4090"
+LOG, RUN, PLAN = "log.txt", "run.json", "plan.json"
+NOT_FOUND = "No out-of-memory report found in {}."
+
+
+@click.command("diagnose", cls=options.SectionCommand, epilog=EXAMPLE)
+@click.argument("path", metavar="LOG|RUN_DIR|-")
+@click.option("--run", "run_file", cls=options.SectionOption, section="Run", metavar="FILE",
+              help="The run: run.json or plan.json.")  # fmt: skip
+@click.option("--model", cls=options.SectionOption, section="Run", metavar="NAME",
+              help="The run, by MODEL and the flags below.")  # fmt: skip
+@click.option("--gpu", cls=options.SectionOption, section="Card", metavar="NAME|live",
+              help="Hold fixes against this card.  [default: the one in the report]")  # fmt: skip
+@options.use(options.BATCH, options.RUN, options.LORA, options.LEVERS, options.OUTPUT)
+@click.pass_context
+def command(ctx: click.Context, /, **params: Any) -> int:
+    """Say why a run went out of memory and which change fixes it, from its log (- reads stdin) or its run folder."""
+    from vramplan.sources.oom_text import read_evidence
+
+    path = params["path"]
+    folder = Path(path) if path != "-" and Path(path).is_dir() else None
+    run, card = _run_and_card(ctx, params, folder)
+    if folder is not None and not (folder / LOG).is_file():
+        raise InputError(f"{folder} is not a run folder: it holds no {LOG}", "give the log itself")
+    evidence = read_evidence(sys.stdin.buffer if path == "-" else folder / LOG if folder else path)
+    if evidence is None:
+        _say_nothing_found("stdin" if path == "-" else path, as_json=params["as_json"])
+        return OK
+    show(evidence, run, card, as_json=params["as_json"], width=params["width"])
+    return OK
+
+
+def _run_and_card(
+    ctx: click.Context, params: build.Params, folder: Path | None
+) -> tuple[RunSpec | None, GpuProfile | None]:
+    """The run and the card, from --run or --model and --gpu, else from the run folder."""
+    flags = [param for param in ctx.command.params if getattr(param, "section", "") not in ("Output", "Card")]
+    given = build.given(ctx, tuple(param.name or "" for param in flags))
+    shaping = [name for name in given if name not in ("path", "run_file", "model")]
+    card = build.card(params["gpu"]) if params["gpu"] else None
+    if params["run_file"] and params["model"]:
+        raise InputError("--run and --model both say what ran", "give one of the two")
+    if shaping and not params["model"]:
+        flag = next(options.flag_of(param) for param in flags if param.name == shaping[0])
+        raise InputError(f"{flag} needs --model", "--run FILE and a run folder say it all")
+    if params["model"]:
+        return build.run_spec(params, build.model_spec(params)), card
+    if params["run_file"]:
+        stored, planned = _stored(Path(params["run_file"]))
+        return stored, card or planned
+    if folder is None:
+        return None, card
+    run = _stored(folder / RUN)[0] if (folder / RUN).is_file() else None
+    planned = _stored(folder / PLAN)[1] if (folder / PLAN).is_file() else None
+    return run, card or planned
+
+
+def _stored(path: Path) -> tuple[RunSpec, GpuProfile | None]:
+    """A run.json, or a plan.json with its card."""
+    from vramplan.sources.records import decode, parse_json, read_text
+
+    data = parse_json(read_text(path), str(path))
+    if isinstance(data, dict) and data.get("type") == "Plan":
+        plan = decode(data, Plan, where=str(path))
+        return plan.run, plan.gpu
+    return decode(data, RunSpec, where=str(path)), None
+
+
+def show(
+    evidence: OomEvidence,
+    run: RunSpec | None,
+    card: GpuProfile | None,
+    *,
+    as_json: bool = False,
+    width: int | None = None,
+) -> Diagnosis:
+    """Diagnose and print. A run that cannot be estimated is left out, with a note."""
+    from vramplan.core.diagnose import diagnose
+
+    try:
+        diagnosis = diagnose(evidence, _model(run), run, card)
+    except (Unplannable, VramplanError) as error:
+        build.note(f"{error.message}: diagnosed from the report alone")
+        diagnosis = diagnose(evidence, gpu=card)
+    if as_json:
+        from vramplan.sources.records import encode
+
+        print_json(encode(diagnosis))
+    else:
+        from vramplan.report.diagnose import show_diagnosis
+
+        show_diagnosis(sys.stdout, diagnosis, width=width)
+    return diagnosis
+
+
+def _model(run: RunSpec | None) -> ModelSpec | None:
+    if run is None:
+        return None
+    from vramplan.sources.hf_config import load_model
+
+    try:
+        return load_model(run.model, trust_remote_code=run.trust_remote_code)
+    except VramplanError:
+        if run.model_path is None:
+            raise
+        return replace(load_model(run.model_path, trust_remote_code=run.trust_remote_code), name=run.model)
+
+
+def _say_nothing_found(where: str, *, as_json: bool) -> None:
+    text = NOT_FOUND.format(where)
+    if as_json:
+        nothing: dict[str, Any] = {"evidence": None, "causes": [], "cause_keys": [], "fixes": []}
+        print_json({"schema_version": SCHEMA_VERSION, "type": "Diagnosis", **nothing})
+        build.note(text)
+    else:
+        click.echo(text)
