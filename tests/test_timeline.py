@@ -29,7 +29,7 @@ def test_peak_against_the_card(row, errors):
     measured = row["mib"]
     error = sim.allocated_bytes / MIB / measured["peak"] - 1
     errors[case_id(row)] = error
-    assert -0.003 < error < 0.007
+    assert -0.0035 < error < 0.003
     for phase, key in (("forward", "fwd_peak"), ("backward", "bwd_peak")):
         if measured[key] is not None:
             assert sim.played.allocated[phase] / MIB == pytest.approx(measured[key], rel=0.01)

@@ -71,6 +71,8 @@ class Native:
         self.large_reserved = self.small_reserved = self.peak_reserved = 0
         self.small = 0
         self.retries = 0
+        self.watch_bytes: int | None = None  # from here on, every new peak notes what it pins
+        self.pinned_bytes = 0
         self._free: list[tuple[int, int]] = []  # (size, address), sorted
         self._blocks: dict[int, Block] = {}
         self._next_address = 1 << 40
@@ -101,6 +103,8 @@ class Native:
         self.allocated += block.size
         if self.allocated > self.peak_allocated:
             self.peak_allocated = self.allocated
+            if self.watch_bytes is not None and self.allocated >= self.watch_bytes:
+                self.pinned_bytes = self._pinned()
         return block
 
     def free(self, block: Handle) -> None:
@@ -197,6 +201,20 @@ class Native:
         del self._blocks[after.address]
         return block
 
+    def _pinned(self) -> int:
+        """Bytes of segments that hold something: what would stay reserved if the cache were emptied now."""
+        total = self.small_reserved
+        for head in self._blocks.values():
+            if head.previous is None:
+                size, used = 0, False
+                at: Block | None = head
+                while at is not None:
+                    size += at.size
+                    used = used or not at.free
+                    at = at.following
+                total += size if used else 0
+        return total
+
     # ------------------------------------------------------------------------------------------------- growth
     def _fits(self, more: int) -> bool:
         return self.cap_bytes is None or self.reserved + more <= self.cap_bytes
@@ -243,6 +261,16 @@ class Expandable(Native):
         while at + 1 < len(free) and self._reach(free[at + 1][1]) < self._reach(free[at][1]):
             at += 1
         return self._blocks[free.pop(at)[1]]
+
+    def _pinned(self) -> int:
+        """Bytes of pages that hold something."""
+        pages: set[int] = set()
+        for block in self._blocks.values():
+            if block.mapped and not block.free:
+                first = (block.address - self._start) // LARGE_SEGMENT
+                last = (block.address + block.size - 1 - self._start) // LARGE_SEGMENT
+                pages.update(range(first, last + 1))
+        return len(pages) * LARGE_SEGMENT + self.small_reserved
 
     def _reach(self, address: int) -> int:
         block = self._blocks[address]

@@ -7,7 +7,7 @@ parameters of MoE models stay as they are.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .types import Lora, ModelSpec, Unplannable
 
@@ -18,8 +18,7 @@ NEOX_LIKE = ("gpt_neox", "falcon")
 KNOWN = LLAMA_LIKE + NEOX_LIKE
 
 
-@dataclass(frozen=True, slots=True)
-class Linear:
+class Linear(NamedTuple):
     """One `nn.Linear` of a decoder layer: weight [out_features, in_features]."""
 
     name: str  # "self_attn.q_proj"

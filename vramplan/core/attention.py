@@ -7,15 +7,14 @@ against the measured rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .ops import BF16, FP32, Grads, _first, add, cast, mul, unary
 from .tape import Node, Tape, Tensor
 from .units import round_up
 
 
-@dataclass(frozen=True, slots=True)
-class Heads:
+class Heads(NamedTuple):
     """Shape of one attention call: B sequences of S tokens, `query` heads on `key` heads of `dim` channels."""
 
     batch: int

@@ -16,6 +16,12 @@ from .types import GpuProfile, ModelSpec, RunSpec, Unplannable
 PLAYED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3",
           "granite", "starcoder2", "gpt_neox")  # fmt: skip
 
+def masked(run: RunSpec) -> bool:
+    """Whether attention gets a mask. With the fused loss the trainer leaves it out: padding comes last, attention is
+    causal and padded positions carry no label, so no real token sees it."""
+    return run.padding and run.levers.loss == "full"
+
+
 Adapters = dict[str, tuple[Tensor, Tensor]]  # Linear name -> (A [r, in], B [out, r]) of one layer
 
 
@@ -39,7 +45,7 @@ class Player:
             for x in self.linears.values()
         }
         self.norm_dtype = "bfloat16" if run.levers.upcast == "none" else "float32"
-        self.kernel = kernel_for(gpu.compute_capability, self.heads, run.padding)
+        self.kernel = kernel_for(gpu.compute_capability, self.heads, masked(run))
         self.adapters: Adapters = {}
         self.mask: Tensor | None = None
         self.forget()

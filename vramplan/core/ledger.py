@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from . import architecture as arch
 from . import resident
@@ -18,10 +18,10 @@ NO_CARD = GpuProfile(
     key="generic", name="a card of compute capability 8.9", total_bytes=0, usable_bytes=0, sm_count=128
 )
 
-# Caps tried, as multiples of the allocated peak, and what is added to the one under which the replay survives: the
-# replay needs up to 1.3 % (expandable) and 2.7 % (native) less than a real card did (docs/measurements).
+# What a run needs at least, found in the replay, and the margin on it: a real card needed up to 0.9 % (expandable) and
+# 2.7 % (native) more (docs/measurements). Native: caps tried, as multiples of the allocated peak.
 CAP_LADDER = (1.01, 1.03, 1.06, 1.10, 1.15, 1.20)
-MARGIN = {"expandable": 0.015, "native": 0.03}
+MARGIN = {"expandable": 0.01, "native": 0.03}
 
 NOTABLE_PAGED_BYTES = 256 * MIB
 
@@ -49,8 +49,7 @@ LABELS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Simulation:
+class Simulation(NamedTuple):
     """One run played through the allocator."""
 
     unrolled: Unrolled
@@ -60,6 +59,7 @@ class Simulation:
     optimizer_bytes: int
     paged_bytes: int
     played: Played
+    pinned_bytes: int  # pages in use at the highest point
     before_step: Native  # the allocator as the steady step finds it
 
     @property
@@ -105,6 +105,8 @@ def simulate(spec: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None) -> Si
         memory.malloc(size)
     memory.reset_peaks()
     before = memory.clone()
+    memory.watch_bytes = memory.allocated + unrolled.peak_bytes() - MIB
+    played = play_step(unrolled, memory)
     return Simulation(
         unrolled,
         Resident(loaded_bytes=loaded, prepared_bytes=prepared, with_lora_bytes=with_lora),
@@ -112,7 +114,8 @@ def simulate(spec: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None) -> Si
         sum(held),
         on_card,
         paged,
-        play_step(unrolled, memory),
+        played,
+        memory.pinned_bytes,
         before,
     )
 
@@ -131,10 +134,14 @@ def _allocate_state(memory: Native, spec: ModelSpec, run: RunSpec, on_card: int)
 
 
 def minimum_bytes(sim: Simulation, kind: str) -> int:
-    """The smallest allocator cap under which the run survives, to a step of the ladder, with its margin.
+    """The smallest allocator cap under which the run survives, with its margin.
 
-    Never more than what the run reserves when it has room to spare.
+    Expandable segments: the pages that hold something at the highest point; all others can be given back. Native, where
+    the layout itself changes under pressure: the first of a ladder of caps that the replay survives. Never more than
+    what the run reserves when it has room to spare.
     """
+    if kind == "expandable":
+        return min(int(sim.pinned_bytes * (1 + MARGIN[kind])), sim.played.reserved_bytes)
     for factor in CAP_LADDER:
         cap = int(sim.allocated_bytes * factor)
         if cap >= sim.played.reserved_bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from . import resident
 from .ledger import MARGIN, NO_CARD, estimate
@@ -28,13 +28,13 @@ def judge(ledger: Ledger, gpu: GpuProfile) -> str:
     return "fits" if cached + gpu.context_bytes <= gpu.usable_bytes else "tight"
 
 
-@dataclass(slots=True)
 class Quick:
     """Device bytes of variants of one run, without replaying the allocator: the sum of the live tensors at the
     highest point, the stated margin and the context. Kept per (batch, sequence, levers, accumulation, chip)."""
 
-    model: ModelSpec
-    known: dict[tuple[object, ...], tuple[int, Unrolled]]
+    def __init__(self, model: ModelSpec) -> None:
+        self.model = model
+        self.known: dict[tuple[object, ...], tuple[int, Unrolled]] = {}
 
     def bytes(self, run: RunSpec, gpu: GpuProfile) -> int:
         return int(self._played(run, gpu)[0] * (1.01 + MARGIN[run.levers.allocator])) + gpu.context_bytes
@@ -76,7 +76,7 @@ def capacity(model: ModelSpec, run: RunSpec, gpu: GpuProfile, quick: Quick | Non
 
     Raises Unplannable.
     """
-    quick = quick or Quick(model, {})
+    quick = quick or Quick(model)
 
     def with_blocks(n: int) -> RunSpec:  # sequences in steps of 128 tokens, and the model's own limit
         return replace(run, seq_len=min(128 * n, model.max_position_embeddings))
@@ -124,7 +124,7 @@ def plan(
     micro-batch and the less checkpointing where the card's rates are unknown), "memory" and "context" the fewest
     bytes. What cannot fit is a Plan too, with verdict "does_not_fit" and advice. Raises Unplannable.
     """
-    quick = Quick(model, {})
+    quick = Quick(model)
     settings = CHECKPOINTING if "checkpointing" in free else (run.levers.checkpointing,)
     candidates: list[tuple[Candidate, RunSpec]] = []
     for checkpointing in settings:

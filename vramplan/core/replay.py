@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from .allocator import SMALL_REQUEST, Handle, Native
 from .timeline import LAYER_SHIFT, Change, Unrolled
 
@@ -12,12 +10,12 @@ from .timeline import LAYER_SHIFT, Change, Unrolled
 Op = tuple["int | None", int, int, bool]
 
 
-@dataclass(slots=True)
 class Played:
     """Highest points of one step, in bytes."""
 
-    allocated: dict[str, int] = field(default_factory=dict)  # by phase
-    reserved_bytes: int = 0
+    def __init__(self) -> None:
+        self.allocated: dict[str, int] = {}  # by phase
+        self.reserved_bytes = 0
 
     @property
     def peak_phase(self) -> str:

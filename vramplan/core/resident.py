@@ -8,7 +8,7 @@ that is not 4-bit becomes float32); QLoRA, Dettmers et al. 2023, arXiv:2305.1431
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from . import architecture as arch
 from .tape import GRANULE
@@ -37,8 +37,7 @@ def constants_bytes(elements: int, double_quant: bool) -> int:
     return rounded(blocks) + rounded(4 * nested) + code + rounded(256 * 4) + rounded(4)
 
 
-@dataclass(frozen=True, slots=True)
-class Weights:
+class Weights(NamedTuple):
     """Bytes of the frozen model by kind, before (`float_size` 2) or after an upcast."""
 
     nf4_bytes: int

@@ -11,10 +11,11 @@ The order of things is that of transformers 5.17 under bf16 autocast: `driver` "
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from . import architecture as arch
-from .blocks import Player, block
+from .blocks import Player, block, masked
 from .head import chunked_loss, full_loss
 from .ops import BF16, FP32, dropout, layernorm, rmsnorm, unary
 from .tape import Leaf, Recorder, Tape, Tensor
@@ -23,8 +24,7 @@ from .types import GpuProfile, ModelSpec, RunSpec
 LAYER_SHIFT = 20  # a tensor's key: kind of section, layer, number of its birth there
 
 
-@dataclass(frozen=True, slots=True)
-class Section:
+class Section(NamedTuple):
     """Events of one place: `layer` -1 outside the layers, else the played layer. Phase as the user knows it."""
 
     phase: str
@@ -159,8 +159,8 @@ class Step:
         rotary_dtype = FP32 if spec.model_type == "olmo2" else self.wide
         player.cos = tape.new("cos", self.run.seq_len, width, rotary_dtype)
         player.sin = tape.new("sin", self.run.seq_len, width, rotary_dtype)
-        if self.run.levers.attention == "eager" or self.run.padding:
-            rows = self.run.seq_len * (self.run.micro_batch_size if self.run.padding else 1)
+        if self.run.levers.attention == "eager" or masked(self.run):
+            rows = self.run.seq_len * (self.run.micro_batch_size if masked(self.run) else 1)
             player.mask = tape.new("causal mask", rows, self.run.seq_len, self.wide)
         hidden_states = inputs_embeds
         for index in range(spec.num_layers):
