@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from measured import MIB, h200, model, rows, step_run
+from measured import MIB, TRAINED, h200, model, rows, step_run, trained
 
 from vramplan.core.ledger import simulate
 
@@ -19,7 +19,17 @@ def main() -> None:
                 sim.played.allocated["optimizer"] / MIB / mib["opt_peak"] - 1 if mib["opt_peak"] else 0.0,
             )
         )
-    groups["all"] = [e for errors in groups.values() for e in errors]
+    groups["all seven, stock recipe"] = [e for errors in groups.values() for e in errors]
+    for row in TRAINED:
+        run, phases = trained(row)
+        sim = simulate(model(run.model), run, h200())
+        groups.setdefault("fourteen models, `vramplan train`", []).append(
+            (
+                sim.allocated_bytes / phases["step"]["peak_bytes"] - 1,
+                sim.played.reserved_bytes / phases["step"]["reserved_bytes"] - 1,
+                sim.played.allocated["optimizer"] / phases["optimizer"]["peak_bytes"] - 1,
+            )
+        )
     print("| model | cases | peak allocated, mean | worst | reserved, mean | worst | optimizer phase, worst |")
     print("|---|---|---|---|---|---|---|")
     for name, errors in groups.items():

@@ -10,6 +10,7 @@ from typing import Any
 from vramplan.core.types import GpuProfile, Levers, Lora, ModelSpec, RunSpec
 from vramplan.sources.hf_config import load_model
 from vramplan.sources.profiles import load_gpu
+from vramplan.sources.records import decode
 
 FOLDER = Path(__file__).parent.parent / "docs" / "measurements"
 MIB = 2**20
@@ -54,6 +55,16 @@ def step_run(row: dict[str, Any]) -> RunSpec:
             allocator="native",
         ),
     )
+
+
+def trained(row: dict[str, Any]) -> tuple[RunSpec, dict[str, dict[str, int]]]:
+    """The run of one row of h200-first-runs.jsonl (`vramplan train` itself), and its measured phases by name."""
+    run = decode({"schema_version": 1, "type": "RunSpec", **row["run"]}, RunSpec)
+    return run, {phase["name"]: phase for phase in row["measurement"]["phases"]}
+
+
+# The one run on real text, whose batches are shorter than the length it was planned for.
+TRAINED = [row for row in rows("h200-first-runs.jsonl") if row["name"] != "smol-train"]
 
 
 def case_id(row: dict[str, Any]) -> str:

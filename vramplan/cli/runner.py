@@ -10,7 +10,7 @@ import click
 from vramplan.cli import build, error_line
 from vramplan.cli.output import print_json
 from vramplan.core.types import Ledger, Plan, RunSpec
-from vramplan.errors import BAD_INPUT, DOES_NOT_FIT, ENDED_IN_OOM, OK, OUR_ERROR, MissingExtra
+from vramplan.errors import BAD_INPUT, DOES_NOT_FIT, ENDED_IN_OOM, OK, OUR_ERROR, MissingExtra, VramplanError
 
 EXTRA_MODULES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "safetensors")
 KNOWN_EXITS = (OK, OUR_ERROR, BAD_INPUT, DOES_NOT_FIT, ENDED_IN_OOM, 130)
@@ -58,18 +58,30 @@ def run_training(
         where = str(adapter) if adapter.is_dir() else "none was written"
         show_result(sys.stdout, ledger, outcome.measurement, where, width=width)
     if code != OK:
-        _say_why(run_dir, ledger, code, outcome.message, outcome.hint)
+        click.echo(error_line(outcome.message or f"the training process ended with {code}", outcome.hint), err=True)
+        if code == ENDED_IN_OOM:
+            _explain_oom(run_dir, run, plan, ledger, as_json=as_json, width=width)
+        build.note(f"log: {run_dir / 'log.txt'}")
     return code
 
 
-def _say_why(run_dir: Path, ledger: Ledger, code: int, message: str, hint: str) -> None:
-    click.echo(error_line(message or f"the training process ended with {code}", hint), err=True)
-    if code == ENDED_IN_OOM:
-        for text in oom_lines(ledger):
-            build.note(text)
-        effective = ledger.run.micro_batch_size * ledger.run.accumulation
-        build.note(f"a plan for this card: vramplan fit {ledger.run.model} --effective-batch-size {effective}")
-    build.note(f"log: {run_dir / 'log.txt'}")
+def _explain_oom(
+    run_dir: Path, run: RunSpec, plan: Plan | None, ledger: Ledger, *, as_json: bool, width: int | None
+) -> None:
+    """The diagnosis of the run's log; where the log says nothing, what the ledger says."""
+    from vramplan.sources.oom_text import read_evidence
+
+    try:  # an explanation that fails must not change how the run ended
+        evidence = None if as_json else read_evidence(run_dir / "log.txt")
+        if evidence is not None:
+            from vramplan.cli.diagnose import show
+
+            show(evidence, run, plan.gpu if plan else None, width=width)
+            return
+    except VramplanError:
+        pass
+    for text in oom_lines(ledger):
+        build.note(text)
 
 
 def oom_lines(ledger: Ledger, count: int = 4) -> list[str]:

@@ -16,6 +16,7 @@ from .types import GpuProfile, ModelSpec, RunSpec, Unplannable
 PLAYED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3",
           "granite", "starcoder2", "gpt_neox")  # fmt: skip
 
+
 def masked(run: RunSpec) -> bool:
     """Whether attention gets a mask. With the fused loss the trainer leaves it out: padding comes last, attention is
     causal and padded positions carry no label, so no real token sees it."""

@@ -44,7 +44,7 @@ class Pricer:
         self.model, self.gpu, self.budget = model, gpu, budget
         self.run = ledger.run
         self.base_bytes = ledger.peak.device_bytes
-        self.quick = Quick(model, {})
+        self.quick = Quick(model)
         self.saved: dict[str, int] = {}  # by the key of an option
         self.keys: dict[str, str] = {}  # title of a fix -> cause it removes
         self.floor_bytes: int | None = None  # where nothing fits: the least that was tried

@@ -131,7 +131,7 @@ def explanations(case: Case, used: int) -> list[str]:
     """Other runs that take this much: without checkpointing, or with a longer sample."""
     model, run = case.model, case.run
     assert model is not None and run is not None
-    quick, could = Quick(model, {}), []
+    quick, could = Quick(model), []
     bare = replace(run, levers=replace(run.levers, checkpointing="none"))
     if run.levers.checkpointing != "none" and quick.bytes(bare, case.card) >= used:
         could.append("checkpointing that is on but inactive")

@@ -22,7 +22,7 @@ from vramplan.errors import VramplanError
 from vramplan.sources.profiles import find_gpu, normalise
 from vramplan.sources.records import write_text
 
-UNKNOWN_CONTEXT_BYTES = 617 * 2**20  # an H200's, the largest reading there is, for a card without a stored profile
+UNKNOWN_CONTEXT_BYTES = 758 * 2**20  # an H200's, the largest reading there is, for a card without a stored profile
 _LANE_BYTES_PER_S = {1: 250 * 10**6, 2: 500 * 10**6, 3: 984_615_384, 4: 1_969_230_769, 5: 3_938_461_538}
 _ELSEWHERE = "--gpu NAME plans for a card that is not in this machine"
 _FAILURES = {  # pynvml's constant -> what to say, what to do

@@ -92,6 +92,7 @@ class Splits:
     examples: int
     truncated: int
     skipped: int
+    kind: str  # messages | prompt_completion | text
 
 
 def build(run: RunSpec, tokenizer: Any, *, report: Report) -> Splits:
@@ -116,6 +117,7 @@ def build(run: RunSpec, tokenizer: Any, *, report: Report) -> Splits:
         examples=len(train),
         truncated=maker.truncated,
         skipped=maker.bad + maker.empty,
+        kind=maker.kind,
     )
 
 
@@ -136,7 +138,7 @@ class _Builder:
         self.seen = self.truncated = self.bad = self.empty = 0
         self._data, self._seq_len, self._tokenizer, self._report = data, seq_len, tokenizer, report
         self._encode: Encoder | None = None
-        self._kind = ""
+        self.kind = ""
         self._first_bad = ""
 
     def add(self, row: Row) -> None:
@@ -147,8 +149,8 @@ class _Builder:
             self._bad_row(row, row.problem)
             return
         if self._encode is None:
-            self._kind = detect_kind(row.value, self._data, f"{self._data.path}, {row.where},")
-            self._encode = encoder(self._kind, self._tokenizer, self._data, self._warn)
+            self.kind = detect_kind(row.value, self._data, f"{self._data.path}, {row.where},")
+            self._encode = encoder(self.kind, self._tokenizer, self._data, self._warn)
         try:
             self._keep(self._encode(row.value))
         except BadRow as problem:
@@ -190,7 +192,7 @@ class _Builder:
             share = 100 * self.truncated / len(self.store)
             self._warn(f"{self.truncated:,} rows ({share:.1f} %) cut to the sequence length of {self._seq_len} tokens")
         self._phase(
-            f"{len(self.store):,} {self._kind} rows of {self.seen:,} from {self._data.path}: {self.truncated:,} cut, "
+            f"{len(self.store):,} {self.kind} rows of {self.seen:,} from {self._data.path}: {self.truncated:,} cut, "
             f"{self.bad + self.empty:,} left out"
         )
 

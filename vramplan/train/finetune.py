@@ -110,7 +110,7 @@ def _finetune(run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progre
         meter.eval_loss_after = _evaluate(trainer, splits.eval, progress)
     prompt = os.environ.get("VRAMPLAN_SAMPLE_PROMPT")
     if prompt:
-        progress("sample", text=sample(model, tokenizer, prompt, SAMPLE_TOKENS))
+        progress("sample", text=sample(model, tokenizer, prompt, SAMPLE_TOKENS, chat=splits.kind == "messages"))
     return f"{trainer.state.global_step} steps, adapter in {run_dir / 'adapter'}"
 
 
@@ -168,9 +168,8 @@ def _train(trainer: QloraTrainer, checkpoint: Path | None, stop: StopSignal) -> 
         stop.training = False
 
 
-def sample(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
-    """Greedy: a chat model's answer to the prompt as a user's message; of any other, the prompt and how it goes on."""
-    chat = bool(tokenizer.chat_template)
+def sample(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, *, chat: bool) -> str:
+    """Greedy: with `chat` the answer to the prompt as a user's message, else the prompt and how it goes on."""
     if chat:
         message = [{"role": "user", "content": prompt}]
         template = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}

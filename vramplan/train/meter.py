@@ -48,6 +48,7 @@ class Meter:
         self.eval_loss_after: float | None = None
         self._open: dict[str, int] = {}  # phase -> peak of the step in progress
         self._step: dict[str, int] = {}  # phase -> peak of the last whole step
+        self._highest: dict[str, int] = {}  # of the step with the highest point: the longest batch, if lengths differ
 
     # ------------------------------------------------------------------------------------------------ phases
     def phase(self, name: str) -> None:
@@ -80,6 +81,8 @@ class Meter:
 
     def end_step(self) -> None:
         self._step, self._open = self._open or self._step, {}
+        if max(self._step.values(), default=0) > max(self._highest.values(), default=0):
+            self._highest = self._step
 
     def peak_bytes(self) -> int | None:
         """The highest point of the last whole step."""
@@ -126,7 +129,7 @@ class Meter:
     def _step_phases(self) -> Iterator[MeasuredPhase]:
         if not self.cuda:
             return
-        peaks = dict(self._step or self._open)
+        peaks = dict(self._highest or self._open)
         for name in STEP_PHASES:
             if name in peaks:
                 yield MeasuredPhase(name=name, peak_bytes=peaks[name])
