@@ -102,9 +102,7 @@ class Native:
         block.free = False
         self.allocated += block.size
         if self.allocated > self.peak_allocated:
-            self.peak_allocated = self.allocated
-            if self.watch_bytes is not None and self.allocated >= self.watch_bytes:
-                self.pinned_bytes = self._pinned()
+            self._note_peak()
         return block
 
     def free(self, block: Handle) -> None:
@@ -158,8 +156,17 @@ class Native:
     def _malloc_small(self, size: int) -> int:
         self.small += size
         self.allocated += size
+        self._reserve_small(size)
         if self.allocated > self.peak_allocated:
-            self.peak_allocated = self.allocated
+            self._note_peak()
+        return size
+
+    def _note_peak(self) -> None:
+        self.peak_allocated = self.allocated
+        if self.watch_bytes is not None and self.allocated >= self.watch_bytes:
+            self.pinned_bytes = self._pinned()
+
+    def _reserve_small(self, size: int) -> None:
         more = self.small - self.small_reserved
         if more > 0:
             more = -(-more // SMALL_SEGMENT) * SMALL_SEGMENT
@@ -171,7 +178,6 @@ class Native:
                     raise OutOfMemory(f"{size} bytes asked, {self.reserved} reserved, {self.allocated} allocated")
             self.small_reserved += more
             self._note_reserved()
-        return size
 
     def _put(self, block: Block) -> None:
         insort(self._free, (block.size, block.address))
