@@ -253,7 +253,7 @@ def _advice(quick: Quick, model: ModelSpec, run: RunSpec, gpu: GpuProfile) -> li
     rank = largest(lambda n: fits(replace(lean, lora=replace(run.lora, r=n))), run.lora.r)
     if 0 < rank < run.lora.r:
         out.append(f"--lora-r {rank} instead of {run.lora.r}")
-    need = quick.bytes(lean, gpu)
+    need = estimate(model, lean, gpu).peak.device_bytes
     out.append(f"a card with {human(need)} or more free for one process")
     return out
 
