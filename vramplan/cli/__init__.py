@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 import click
 
@@ -87,7 +86,7 @@ def run(argv: list[str]) -> int:
     """Run one command line. Every failure becomes one line on stderr and the exit code of the contract."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # the caller has closed it
-            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 -- for as long as the process lives
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 -- for as long as the process lives
     for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 shows "?", it does not end the program
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:

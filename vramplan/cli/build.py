@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import click
@@ -161,6 +160,8 @@ def data_spec(params: Params) -> DataSpec:
     path = params["data"]
     if not path:
         raise InputError("--data is missing", "--data FILE (JSONL, Parquet, CSV or text) or a data set's name")
+    from pathlib import Path
+
     file = Path(path).expanduser()
     if file.is_file() and file.stat().st_size == 0:
         raise InputError(f"--data {path} is empty")

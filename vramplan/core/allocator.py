@@ -264,6 +264,11 @@ class Expandable(Native):
         at = bisect_left(free, (size, -1))
         if at == len(free):
             return None
+        block = self._blocks[free[at][1]]
+        after = block.following
+        if after is None or after.mapped:  # cannot grow: no later block, which is larger, reaches less
+            del free[at]
+            return block
         while at + 1 < len(free) and self._reach(free[at + 1][1]) < self._reach(free[at][1]):
             at += 1
         return self._blocks[free.pop(at)[1]]

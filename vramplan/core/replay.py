@@ -87,33 +87,29 @@ def workspaces(unrolled: Unrolled) -> list[int]:
 def live_at_peak(unrolled: Unrolled) -> tuple[str, list[tuple[int, int]]]:
     """(phase, [(info index, how many)]) of the tensors alive at the step's highest point."""
     info = unrolled.info
-    now = best = 0
-    where = (0, 0)
-    for number, (_, _, changes) in enumerate(unrolled.steps()):
-        for position, (event, _, _) in enumerate(changes):
-            if event > 0:
-                now += info[event][5]
-                if now > best:
-                    best, where = now, (number, position)
-            else:
-                now -= info[-event][5]
+    top, last = unrolled.highest()
     alive: dict[int, int] = {}
+    now = 0
     phase = ""
     for number, (section, layer, changes) in enumerate(unrolled.steps()):
-        if number > where[0]:
-            break
         phase = section.phase
         shift = layer << LAYER_SHIFT
-        for position, (event, key, relative) in enumerate(changes):
-            if number == where[0] and position > where[1]:
-                break
+        for event, key, relative in changes:
+            row = info[abs(event)]
+            if row[0] == "workspace.cublas":
+                continue
             name = key + shift if relative else key
             if event > 0:
                 alive[name] = event
+                now += row[5]
             else:
                 del alive[name]
+                now -= row[5]
+            if number == last and now == top:
+                break
+        if number == last:
+            break
     counts: dict[int, int] = {}
     for event in alive.values():
-        if info[event][0] != "workspace.cublas":
-            counts[event] = counts.get(event, 0) + 1
+        counts[event] = counts.get(event, 0) + 1
     return phase, list(counts.items())

@@ -287,10 +287,14 @@ class Unrolled:
 
     def peak_bytes(self) -> int:
         """The most that the step's tensors take together, cuBLAS workspaces left out."""
+        return self.highest()[0]
+
+    def highest(self) -> tuple[int, int]:
+        """(bytes, number of the section in `steps`) of the step's highest point, cuBLAS workspaces left out."""
         info = self.info
         sums: dict[int, tuple[int, int]] = {}
-        now = best = 0
-        for section, _, changes in self.steps():
+        now = best = where = 0
+        for number, (section, _, changes) in enumerate(self.steps()):
             if id(section) not in sums:
                 net = high = 0
                 for event, _, _ in changes:
@@ -301,9 +305,10 @@ class Unrolled:
                     high = max(high, net)
                 sums[id(section)] = (net, high)
             net, high = sums[id(section)]
-            best = max(best, now + high)
+            if now + high > best:
+                best, where = now + high, number
             now += net
-        return best
+        return best, where
 
     def _compile(self, section: Section) -> list[Change]:
         out: list[Change] = []

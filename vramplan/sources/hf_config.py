@@ -7,15 +7,18 @@ field of the wrong type or an impossible size is refused in one sentence.
 
 from __future__ import annotations
 
+import os
 import re
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vramplan.core.types import ModelSpec
 from vramplan.errors import InputError, UnknownArchitecture
 from vramplan.sources import profiles, records
 from vramplan.sources.config_reader import Reader
 from vramplan.sources.families import FAMILIES, shared
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MAX_CONFIG_BYTES = 16 * 2**20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z", re.ASCII)
@@ -44,8 +47,12 @@ def _find(name_or_path: str) -> tuple[dict[str, Any], str, str]:
     """(config, short name, source)."""
     if not name_or_path.strip() or "\0" in name_or_path:
         raise InputError("the model's name is empty" if not name_or_path.strip() else "the model's name is not text")
-    path = Path(name_or_path)
     built_in = _built_in(name_or_path)
+    if built_in and not os.path.exists(name_or_path):  # noqa: PTH110 -- spares the import of pathlib
+        return profiles.model_profile(built_in)["config"], built_in, "built-in"
+    from pathlib import Path
+
+    path = Path(name_or_path)
     # A folder without a config.json (a run folder, say) does not hide the built-in model of the same name.
     if _exists(path) and not (built_in and path.is_dir() and not (path / "config.json").is_file()):
         return _local(path)

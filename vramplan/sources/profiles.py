@@ -11,12 +11,14 @@ import os
 import re
 import sys
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vramplan.core.types import GpuProfile
 from vramplan.errors import InputError
 from vramplan.sources.records import parse_json, read_text
+
+if TYPE_CHECKING:  # importing pathlib takes a tenth of the time of a whole `vramplan estimate`
+    from pathlib import Path
 
 PROFILES_VARIABLE = "VRAMPLAN_PROFILES"
 MAX_PROFILE_BYTES = 2**20
@@ -43,19 +45,28 @@ _CAPABILITY = re.compile(r"(\d{1,2})\.(\d)\Z")
 # ------------------------------------------------------------------------------------------------------- where
 def profiles_dir() -> Path:
     """`$VRAMPLAN_PROFILES`, else `profiles` inside the installed package, else the one beside it in a checkout."""
+    from pathlib import Path
+
+    return Path(_folder())
+
+
+def _folder(*parts: str) -> str:
+    """`profiles_dir()` and what lies in it, as text."""
     chosen = os.environ.get(PROFILES_VARIABLE)
     if chosen:
-        if not Path(chosen).is_dir():
+        if not os.path.isdir(chosen):  # noqa: PTH112
             raise InputError(f"{PROFILES_VARIABLE}: {chosen} is not a folder", "it should hold gpus/ and models/")
-        return Path(chosen)
-    package = Path(__file__).resolve().parent.parent
-    inside = package / "profiles"
-    return inside if inside.is_dir() else package.parent / "profiles"
+        return os.path.join(chosen, *parts)  # noqa: PTH118
+    package = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))  # noqa: PTH120
+    inside = os.path.join(package, "profiles")  # noqa: PTH118
+    if not os.path.isdir(inside):  # noqa: PTH112
+        inside = os.path.join(os.path.dirname(package), "profiles")  # noqa: PTH118, PTH120
+    return os.path.join(inside, *parts)  # noqa: PTH118
 
 
 def _stems(folder: str, suffix: str) -> tuple[str, ...]:
     try:
-        names = os.listdir(profiles_dir() / folder)  # noqa: PTH208 -- names alone; iterdir would build a path for each
+        names = os.listdir(_folder(folder))  # noqa: PTH208
     except OSError:
         return ()
     return tuple(sorted(name[: -len(suffix)] for name in names if name.endswith(suffix) and name[0] != "."))
@@ -90,6 +101,8 @@ def load_gpu(name: str) -> GpuProfile:
     InputError if there is none, if several match, or if the file does not hold a card.
     """
     if name.endswith(".toml"):
+        from pathlib import Path
+
         return _read_gpu(Path(name))
     plain = normalise(name)
     matches = [stem for stem in gpu_names() if normalise(stem) == plain]
@@ -193,7 +206,7 @@ def _number(path: Path, field: str, value: Any) -> int:
     return value
 
 
-def _text(path: Path, field: str, value: Any) -> str:
+def _text(path: Path | str, field: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip() or len(value) > 2000:
         raise InputError(f"{path}: {field} must be a short text, not {_show(value)}")
     return value
@@ -231,7 +244,7 @@ def model_profile(name: str) -> dict[str, Any]:
     """
     if name not in model_names():  # also keeps "../x" from leaving the folder
         raise InputError(f"{_show(name)} is not a built-in model", suggest(name, model_names()))
-    path = profiles_dir() / "models" / f"{name}.json"
+    path = _folder("models", f"{name}.json")
     data = parse_json(read_text(path, MAX_PROFILE_BYTES), str(path))
     if not isinstance(data, dict) or not isinstance(data.get("config"), dict):
         raise InputError(f"{path} has no object 'config'")

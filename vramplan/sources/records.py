@@ -16,8 +16,7 @@ from contextlib import suppress
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from math import isfinite
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from vramplan.core.types import (
     ALLOCATORS,
@@ -30,6 +29,9 @@ from vramplan.core.types import (
     VERDICTS,
 )
 from vramplan.errors import InputError, VramplanError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MAX_BYTES = 64 * 2**20
 _MAX_INT = 2**63 - 1
@@ -197,7 +199,7 @@ def parse_json(text: str, where: str) -> Any:
 def read_text(path: Path | str, max_bytes: int = MAX_BYTES) -> str:
     """A UTF-8 file of at most `max_bytes`. InputError if it cannot be read, is larger, or is not UTF-8."""
     try:
-        with Path(path).open("rb") as file:
+        with open(path, "rb") as file:  # noqa: PTH123
             data = file.read(max_bytes + 1)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
@@ -224,6 +226,8 @@ def write_text(path: Path | str, text: str) -> None:
 
     InputError if it cannot be created there, VramplanError if writing fails (disk full).
     """
+    from pathlib import Path
+
     path = Path(path)
     if path.exists() and not path.is_file():  # a folder; or /dev/null, which a rename would replace
         raise InputError(f"cannot write {path}: not a regular file")
@@ -254,6 +258,8 @@ def _write_error(path: Path, error: OSError) -> VramplanError:
 
 def append_jsonl(path: Path | str, value: Any) -> None:
     """Add a record to a file as one line, all of it or nothing."""
+    from pathlib import Path
+
     path = Path(path)
     line = (json.dumps(encode(value), allow_nan=False) + "\n").encode()
     try:
