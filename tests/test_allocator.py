@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vramplan.core.allocator import Block, Expandable, Native, OutOfMemory, allocator
+from vramplan.core.allocator import Block, Native, OutOfMemory
+from vramplan.core.expandable import Expandable, allocator
 from vramplan.core.units import MIB
 
 KINDS = ["native", "expandable"]

@@ -15,7 +15,7 @@ bnb = pytest.importorskip("bitsandbytes")
 from train_tools import make_model, make_run, make_text  # noqa: E402
 
 from vramplan.core.types import Levers, Lora, RunSpec  # noqa: E402
-from vramplan.errors import InputError  # noqa: E402
+from vramplan.errors import InputError  # noqa: E402, VramplanError
 from vramplan.train.load import audit, load_model, load_tokenizer, resolve  # noqa: E402
 from vramplan.train.lora import add_lora, check_targets, checkpoint_every, prepare  # noqa: E402
 from vramplan.train.meter import count_lines  # noqa: E402
@@ -156,7 +156,7 @@ def test_torn_weights_are_refused(tiny: Path, run: RunSpec, tmp_path: Path) -> N
     [
         ("You are trying to access a gated repo.\nMake sure ...", None, "is gated"),
         ("x is not a local folder", "401 Client Error. Repository Not Found", "no model org/name on the Hub"),
-        ("We couldn't connect to 'https://huggingface.co'", None, "Hub cannot be reached"),
+        ("We couldn't connect to 'https://huggingface.co'", None, "Hub unreachable"),
         ("the repository contains custom code: set trust_remote_code=True", None, "brings its own code"),
         ("Unrecognized configuration class", None, "cannot be loaded: Unrecognized"),
     ],
@@ -170,9 +170,10 @@ def test_hub_errors_are_one_sentence(
         raise OSError(text) from (RuntimeError(cause) if cause else None)
 
     monkeypatch.setattr(load.AutoTokenizer, "from_pretrained", fail)
-    with pytest.raises(InputError, match=expected) as caught:
+    with pytest.raises(VramplanError, match=expected) as caught:
         load_tokenizer(run, "org/name")
     assert "\n" not in caught.value.message
+    assert caught.value.exit_code == (1 if expected == "Hub unreachable" else 2)
 
 
 def test_out_of_memory_while_loading_is_not_called_bad_input(run: RunSpec, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from . import architecture as arch
 from . import resident
-from .allocator import Native, OutOfMemory, allocator
+from .allocator import Native, OutOfMemory
+from .expandable import allocator
 from .loading import Loader
 from .replay import Played, live_at_peak, play_step, workspaces
 from .timeline import Unrolled, play

@@ -230,6 +230,7 @@ class Unrolled:
         self.info = rec.info
         self.played, self.depth, self.period = played, depth, period
         self.sections = _sections(rec)
+        self._highest: tuple[int, int] | None = None
         self._compiled: dict[int, list[Change]] | None = None
         self.born: dict[int, tuple[int, int, int]] = {}  # storage -> (kind, played layer, n-th birth of its section)
         kind = 0
@@ -291,6 +292,8 @@ class Unrolled:
 
     def highest(self) -> tuple[int, int]:
         """(bytes, number of the section in `steps`) of the step's highest point, cuBLAS workspaces left out."""
+        if self._highest is not None:
+            return self._highest
         info = self.info
         sums: dict[int, tuple[int, int]] = {}
         now = best = where = 0
@@ -308,6 +311,7 @@ class Unrolled:
             if now + high > best:
                 best, where = now + high, number
             now += net
+        self._highest = best, where
         return best, where
 
     def _compile(self, section: Section) -> list[Change]:

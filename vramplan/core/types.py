@@ -6,7 +6,7 @@ returns only these types: `sources` reads the world into them, `core` computes w
 the training child writes one (`Measurement`) back.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import FrozenInstanceError, dataclass, field
 
 SCHEMA_VERSION = 1
 
@@ -45,12 +45,21 @@ class Unplannable(ValueError):
 
 
 class Value:
-    """Equality, hash and text of the dataclasses below, by their fields.
+    """What the dataclasses below have in common: frozen, equal and hashed by their fields.
 
-    Written once here: letting `dataclass` generate them for every class doubles the time this module takes to import.
+    Written once here: letting `dataclass` generate it for every class (`frozen=True, eq=True`) triples the time this
+    module takes to import, a tenth of a whole `vramplan estimate`.
     """
 
     __slots__ = ()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if hasattr(self, name):  # a slot is empty until __init__ fills it, and then for good
+            raise FrozenInstanceError(f"cannot assign to field {name!r}")
+        object.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        raise FrozenInstanceError(f"cannot delete field {name!r}")
 
     def _fields(self) -> tuple[object, ...]:
         return tuple(getattr(self, name) for name in self.__dataclass_fields__)  # type: ignore[attr-defined]
@@ -70,7 +79,7 @@ class Value:
 
 
 # --------------------------------------------------------------------------------------------------- the model
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class ModelSpec(Value):
     """What a `config.json` says of a causal language model: enough to know every parameter's shape.
 
@@ -122,7 +131,7 @@ class ModelSpec(Value):
 
 
 # ----------------------------------------------------------------------------------------------------- the run
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Lora(Value):
     """The adapter. `targets` are PEFT's `target_modules`: names, or the one name "all-linear"."""
 
@@ -133,7 +142,7 @@ class Lora(Value):
     dtype: str = "float32"  # PEFT's autocast_adapter_dtype makes A and B float32 also under bf16
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Levers(Value):
     """What may be turned to trade memory for time. The defaults are the `lean` recipe.
 
@@ -150,7 +159,7 @@ class Levers(Value):
     resident_layers: int | None = None  # for streaming: layers whose weights stay on the card; None: all
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class DataSpec(Value):
     """Training data: a JSONL, Parquet, CSV or text file, or the name of a `datasets` data set."""
 
@@ -162,7 +171,7 @@ class DataSpec(Value):
     on_bad_row: str = "fail"  # fail | skip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Schedule(Value):
     """How long and how fast to train; names and defaults as in `transformers.TrainingArguments` where it has them."""
 
@@ -178,7 +187,7 @@ class Schedule(Value):
     seed: int = 42
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class RunSpec(Value):
     """What the user asked for. Only what costs memory or time is read by `core`; the rest passes to the trainer.
 
@@ -204,7 +213,7 @@ class RunSpec(Value):
 
 
 # ----------------------------------------------------------------------------------------------------- the card
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class GpuProcess(Value):
     """Another user of the card. `used_bytes` and `name` are None where the driver does not say (WSL, containers)."""
 
@@ -213,7 +222,7 @@ class GpuProcess(Value):
     used_bytes: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class GpuProfile(Value):
     """One card, live or stored.
 
@@ -244,7 +253,7 @@ class GpuProfile(Value):
 
 
 # ------------------------------------------------------------------------------------------------- the prediction
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class TensorInfo(Value):
     """A tensor that lives on the card at some time. `group` is the ledger's: weights, adapter, optimizer, ..."""
 
@@ -256,7 +265,7 @@ class TensorInfo(Value):
     group: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Event(Value):
     """Birth (`alloc`) or death of the tensor with this id, in the order in which the libraries do it."""
 
@@ -265,7 +274,7 @@ class Event(Value):
     tensor: int  # index into Timeline.tensors
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Timeline(Value):
     """One steady optimizer step, played out; what is resident before it is born in phase "resident"."""
 
@@ -273,7 +282,7 @@ class Timeline(Value):
     events: tuple[Event, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Line(Value):
     """One row of the ledger: what is on the card at the highest point, and why it has that size."""
 
@@ -285,13 +294,13 @@ class Line(Value):
     group: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class PhasePeak(Value):
     name: str  # load | prepare | forward | loss | backward | optimizer
     peak_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Resident(Value):
     """`torch.cuda.memory_allocated()` after loading, after `prepare_model_for_kbit_training`, after LoRA."""
 
@@ -300,7 +309,7 @@ class Resident(Value):
     with_lora_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Peak(Value):
     """The highest point of a steady step.
 
@@ -315,7 +324,7 @@ class Peak(Value):
     device_bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Ledger(Value):
     """The answer of `estimate`. The lines add up to `peak.device_bytes`; those of basis exact to the allocated peak."""
 
@@ -330,7 +339,7 @@ class Ledger(Value):
     warnings: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class GpuVerdict(Value):
     """One card held against a ledger. `max_*` keep everything else as asked; 0 when not even 1 fits."""
 
@@ -343,7 +352,7 @@ class GpuVerdict(Value):
 
 
 # ------------------------------------------------------------------------------------------------------- the plan
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Candidate(Value):
     """One combination that the search priced."""
 
@@ -355,7 +364,7 @@ class Candidate(Value):
     tokens_per_s: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Plan(Value):
     """A run with everything chosen, and why. `micro_batch_size * accumulation` is the effective batch, exactly."""
 
@@ -373,7 +382,7 @@ class Plan(Value):
 
 
 # ------------------------------------------------------------------------------------------------ what happened
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class MeasuredPhase(Value):
     """Measured bytes of one phase; None where the machine cannot say (a CPU has no device allocator).
 
@@ -387,7 +396,7 @@ class MeasuredPhase(Value):
     process_bytes: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Measurement(Value):
     """What a run really used, and how it ended."""
 
@@ -409,7 +418,7 @@ class Measurement(Value):
     message: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class OomEvidence(Value):
     """The numbers in an out-of-memory report. None: the report does not say.
 
@@ -435,7 +444,7 @@ class OomEvidence(Value):
     signs: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Fix(Value):
     """A changed run, priced in full. `command` can be pasted."""
 
@@ -448,7 +457,7 @@ class Fix(Value):
     command: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Diagnosis(Value):
     """What happened, why (likeliest first), what to change (best first).
 

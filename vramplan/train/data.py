@@ -169,7 +169,7 @@ class _Builder:
     def _bad_row(self, row: Row, problem: str) -> None:
         sentence = f"{self._data.path}, {row.where}, {problem}"
         if self._data.on_bad_row == "fail":
-            raise InputError(sentence, "mend the row, or leave out such rows with on_bad_row = skip")
+            raise InputError(sentence, "mend the row, or leave such rows out with --on-bad-row skip")
         self._first_bad = self._first_bad or sentence
         self.bad += 1
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from vramplan.core.types import RunSpec
 from vramplan.core.units import human
-from vramplan.errors import InputError, MissingExtra
+from vramplan.errors import InputError, MissingExtra, VramplanError
 from vramplan.train.outcome import first_line, is_disk_full, is_out_of_memory
 from vramplan.train.random_model import byte_tokenizer, random_model
 from vramplan.train.saving import whole_folder
@@ -154,10 +154,11 @@ def _clear_errors(source: str) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error) or is_disk_full(error):
             raise
-        raise _input_error(source, error) from error
+        raise _explained(source, error) from error
 
 
-def _input_error(source: str, error: Exception) -> InputError:
+def _explained(source: str, error: Exception) -> VramplanError:
+    """Bad input (exit code 2), or a Hub that cannot be reached (exit code 1)."""
     seen: BaseException | None = error
     text = ""
     while seen is not None:  # the Hub's own error is often the cause of a vaguer one
@@ -178,8 +179,8 @@ def _input_error(source: str, error: Exception) -> InputError:
             f"there is no model {source} on the Hub, or it is private", "check the name, and HF_TOKEN if it is private"
         )
     if any(word in text for word in ("connect", "offline", "timed out", "timeout", "localentrynotfound", "resolve")):
-        return InputError(
-            f"{source} is neither a folder here nor in the cache, and the Hub cannot be reached",
+        return VramplanError(
+            f"Hub unreachable: {source} is neither a folder here nor in the cache",
             "check the connection, or pass a folder that holds the model",
         )
     return InputError(f"{source} cannot be loaded: {first_line(error)}")
