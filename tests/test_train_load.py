@@ -15,7 +15,7 @@ bnb = pytest.importorskip("bitsandbytes")
 from train_tools import make_model, make_run, make_text  # noqa: E402
 
 from vramplan.core.types import Levers, Lora, RunSpec  # noqa: E402
-from vramplan.errors import InputError  # noqa: E402, VramplanError
+from vramplan.errors import InputError, VramplanError  # noqa: E402
 from vramplan.train.load import audit, load_model, load_tokenizer, resolve  # noqa: E402
 from vramplan.train.lora import add_lora, check_targets, checkpoint_every, prepare  # noqa: E402
 from vramplan.train.meter import count_lines  # noqa: E402
