@@ -29,8 +29,8 @@ def test_peak_against_the_card(row, errors):
     measured = row["mib"]
     error = sim.allocated_bytes / MIB / measured["peak"] - 1
     errors[case_id(row)] = error
-    assert -0.0035 < error < 0.0035
-    for phase, key in (("forward", "fwd_peak"), ("backward", "bwd_peak")):
+    assert -0.005 < error < 0.0025
+    for phase, key in (("forward", "fwd_peak"), ("backward", "bwd_peak"), ("optimizer", "opt_peak")):
         if measured[key] is not None:
             assert sim.played.allocated[phase] / MIB == pytest.approx(measured[key], rel=0.01)
 
@@ -47,7 +47,7 @@ def test_peaks_of_our_own_trainer_against_the_card(row):
     sim = simulate(model(run.model), run, h200())
     assert sim.resident.loaded_bytes == pytest.approx(phases["loaded"]["allocated_bytes"], rel=0.0002)
     assert sim.resident.with_lora_bytes == pytest.approx(phases["with_lora"]["allocated_bytes"], rel=0.0002)
-    assert -0.01 < sim.allocated_bytes / phases["step"]["peak_bytes"] - 1 < 0.0015
+    assert -0.006 < sim.allocated_bytes / phases["step"]["peak_bytes"] - 1 < 0.0005
     assert sim.played.reserved_bytes == pytest.approx(phases["step"]["reserved_bytes"], rel=0.03)
     for name in ("forward", "optimizer"):
         assert sim.played.allocated[name] == pytest.approx(phases[name]["peak_bytes"], rel=0.002)

@@ -63,17 +63,27 @@ def rotate_half(tape: Tape, x: Tensor) -> Tensor:
 
 
 def rotary(
-    tape: Tape, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, share: float = 1.0, cast_back: bool = False
+    tape: Tape,
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    share: float = 1.0,
+    joined: bool = False,
+    cast_back: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`apply_rotary_pos_emb`; `share` of each head is turned (GPT-NeoX, StableLM, Phi turn a part).
+
+    `joined`: turned and other part are concatenated, also where the other part is empty (Phi-3).
 
     `cast_back`: cos and sin are float32 and the result is cast to the type of q and k (OLMo-2).
     """
     if cast_back:
         q_type, k_type = q.dtype, k.dtype
-        q_embed, k_embed = rotary(tape, q, k, cos, sin, share)
+        q_embed, k_embed = rotary(tape, q, k, cos, sin, share=share)
         return cast(tape, q_embed, q_type, "q rotary"), cast(tape, k_embed, k_type, "k rotary")
-    if share == 1.0:
+    if share == 1.0 and not joined:
         q_embed = add(tape, mul(tape, q, cos, "q cos"), mul(tape, rotate_half(tape, q), sin, "q sin"), "q rotary")
         k_embed = add(tape, mul(tape, k, cos, "k cos"), mul(tape, rotate_half(tape, k), sin, "k sin"), "k rotary")
         return q_embed, k_embed

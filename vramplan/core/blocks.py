@@ -9,7 +9,7 @@ from __future__ import annotations
 from . import architecture as arch
 from .attention import Heads, chunk, eager, kernel_for, narrow, rotary, sdpa
 from .bnb_kernel import uses_fused_kernel
-from .ops import add, cast, dropout, layernorm, lora_linear4bit, mul, rmsnorm, unary
+from .ops import add, cast, clone, dropout, layernorm, lora_linear4bit, mul, rmsnorm, unary
 from .tape import Tape, Tensor
 from .types import GpuProfile, ModelSpec, RunSpec, Unplannable
 
@@ -48,6 +48,8 @@ class Player:
         self.norm_dtype = "bfloat16" if run.levers.upcast == "none" else "float32"
         self.kernel = kernel_for(gpu.compute_capability, self.heads, masked(run))
         self.adapters: Adapters = {}
+        # torch.cat leaves q head by head in memory, attention's output follows q, and its reshape must copy
+        self.joined = spec.model_type in ("phi3", "gpt_neox") or spec.partial_rotary_factor != 1.0
         self.mask: Tensor | None = None
         self.forget()
 
@@ -88,7 +90,8 @@ class Player:
         if self.run.levers.attention == "eager":
             cap = self.spec.attn_logit_softcapping is not None
             return eager(self.tape, query, key, value, self.heads, self.mask, cap)
-        return sdpa(self.tape, query, key, value, self.heads, self.kernel, self.mask)
+        out = sdpa(self.tape, query, key, value, self.heads, self.kernel, self.mask)
+        return clone(self.tape, out, "attention by token") if self.joined else out
 
     def residual_dropout(self, x: Tensor) -> Tensor:
         return dropout(self.tape, x, self.spec.residual_dropout)
@@ -116,7 +119,14 @@ def attention(p: Player, hidden_states: Tensor) -> Tensor:
         value_states = p.linear(hidden_states, "v_proj")
     if not spec.rope_layers or spec.rope_layers[p.tape.layer % len(spec.rope_layers)]:
         query_states, key_states = rotary(
-            p.tape, query_states, key_states, p.cos, p.sin, spec.partial_rotary_factor, spec.model_type == "olmo2"
+            p.tape,
+            query_states,
+            key_states,
+            p.cos,
+            p.sin,
+            share=spec.partial_rotary_factor,
+            joined=p.joined,
+            cast_back=spec.model_type == "olmo2",
         )
     attn_output = p.attend(query_states, key_states, value_states)
     attn_output = p.linear(attn_output, "o_proj")
@@ -212,7 +222,9 @@ def neox_block(p: Player, hidden_states: Tensor) -> Tensor:
 def neox_attention(p: Player, hidden_states: Tensor) -> Tensor:
     qkv = p.linear(hidden_states, "query_key_value")
     query_states, key_states, value_states = chunk(p.tape, qkv, 3, "qkv")
-    query_states, key_states = rotary(p.tape, query_states, key_states, p.cos, p.sin, p.spec.partial_rotary_factor)
+    query_states, key_states = rotary(
+        p.tape, query_states, key_states, p.cos, p.sin, share=p.spec.partial_rotary_factor, joined=p.joined
+    )
     attn_output = p.attend(query_states, key_states, value_states)
     attn_output = p.linear(attn_output, "dense")
     return attn_output

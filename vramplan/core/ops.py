@@ -255,7 +255,7 @@ def lora_linear4bit(
     result = linear4bit(tape, x, n_out, name=name, double_quant=double_quant, fused=fused, bias=bias)
     if lora is None:
         return result
-    result = _clone(tape, result, name)
+    result = clone(tape, result, name + " clone")
     output = lora_output(tape, x, lora, name, p)
     return add(tape, result, output, name)
 
@@ -278,9 +278,10 @@ def lora_linear(
     return result if lora is None else add(tape, result, lora_output(tape, x, lora, name, p), name)
 
 
-def _clone(tape: Tape, x: Tensor, name: str) -> Tensor:
+def clone(tape: Tape, x: Tensor, name: str) -> Tensor:
+    """`x.clone()`, or a `reshape` that has to copy: the gradient goes through as it is."""
     node = None if x.node is None else Node(tape, (x,), lambda g, n: (_first(g).detach(),))
-    out = tape.new(name + " clone", x.rows, x.columns, x.dtype)
+    out = tape.new(name, x.rows, x.columns, x.dtype)
     out.node = node
     return out
 

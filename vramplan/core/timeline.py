@@ -103,8 +103,7 @@ class Step:
         self.rec.mark("forward embed")
         tape.in_backward = False
         tape.cast_cache = {}
-        inputs = self.embed(tokens)
-        loss = self.forward(inputs)
+        loss = self.forward(tokens)
         tape.layer = -1
         self.rec.mark("forward autocast exit")
         tape.cast_cache = None
@@ -121,7 +120,7 @@ class Step:
         self.player.forget()
         tape.in_backward = False
         del ids, batch
-        return inputs
+        return root
 
     def outputs_to_fp32(self, outputs: list[Tensor]) -> list[Tensor]:
         """accelerate's `convert_outputs_to_fp32` copies the logits once more, though nobody asked for them."""
@@ -144,17 +143,18 @@ class Step:
             inputs = unary(tape, inputs, "inputs_embeds scaled")
         return dropout(tape, inputs, self.spec.embedding_dropout)
 
-    def forward(self, inputs_embeds: Tensor) -> list[Tensor]:
+    def forward(self, tokens: int) -> list[Tensor]:
         """Decoder, final norm, head and loss: [loss] or [loss, logits] as the model returns them."""
-        last_hidden_state = self.decoder(inputs_embeds)
+        last_hidden_state = self.decoder(tokens)
         self.tape.layer = -1
         self.rec.scope = "loss.logits"
         if self.run.levers.loss == "fused":
             return [chunked_loss(self.tape, self.spec, last_hidden_state, self.wide, self.run.micro_batch_size)]
         return full_loss(self.tape, self.spec, last_hidden_state, self.wide)
 
-    def decoder(self, inputs_embeds: Tensor) -> Tensor:
+    def decoder(self, tokens: int) -> Tensor:
         tape, player, spec = self.tape, self.player, self.spec
+        inputs_embeds = self.embed(tokens)
         width = int(spec.head_dim * spec.partial_rotary_factor)
         rotary_dtype = FP32 if spec.model_type == "olmo2" else self.wide
         player.cos = tape.new("cos", self.run.seq_len, width, rotary_dtype)
