@@ -53,7 +53,7 @@ ROOMS = {
         third_party=frozenset({"click"}),
     ),
     "errors.py": Room(ours=()),
-    "__init__.py": Room(ours=("vramplan.core",)),
+    "__init__.py": Room(ours=("vramplan.core", "vramplan.sources")),
     "__main__.py": Room(ours=("vramplan.cli",)),
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .units import GIB, MIB, human
 
 if TYPE_CHECKING:
-    from .diagnose import Case
+    from .case import Case
 
 
 DISPLAY_BYTES = 256 * MIB  # less than this in other hands is a display server

@@ -6,10 +6,9 @@ tensors of the played step and every fix is estimated in full.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
+from .case import Case
 from .causes import TEXT_RULES, Finding, full
-from .types import Diagnosis, Fix, GpuProcess, GpuProfile, Ledger, ModelSpec, OomEvidence, RunSpec
+from .types import Diagnosis, Fix, GpuProfile, ModelSpec, OomEvidence, RunSpec
 from .units import GIB, MIB, human
 
 OWN_EXTRA_BYTES = 3 * GIB  # context and libraries: what a process may hold beside PyTorch's memory
@@ -17,25 +16,6 @@ ROUNDING_BYTES = 32 * MIB  # the text's numbers have two digits
 HIDDEN_BYTES = 512 * MIB  # less than this beside our process is rounding and the driver
 UNKNOWN_CARD = GpuProfile(key="generic", name="a card", total_bytes=0, usable_bytes=0)
 FAINT = 45  # a cause below this score does not explain a full card alone
-
-
-@dataclass(slots=True)
-class Case:
-    """What the rules look at."""
-
-    evidence: OomEvidence
-    model: ModelSpec | None
-    run: RunSpec | None
-    card: GpuProfile
-    named: bool  # the card was named, it is not only the default chip
-    ledger: Ledger | None = None
-    fixes: tuple[Fix, ...] = ()
-    saved: dict[str, int] = field(default_factory=dict)  # by the key of a cause
-    floor_bytes: int | None = None  # the least that was tried, where nothing fits
-    own_pid: int | None = None  # of a "Process N" that is this very process
-    others: tuple[GpuProcess, ...] = ()
-    others_bytes: int = 0
-    budget_bytes: int | None = None
 
 
 def diagnose(

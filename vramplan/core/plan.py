@@ -199,19 +199,33 @@ def _plan(
     run = ledger.run
     speed = f", about {chosen.tokens_per_s:,} tokens/s (modelled)" if chosen.tokens_per_s else ""
     why = "the fastest of" if objective == "speed" else "the smallest of"
+    reason = (
+        f"micro-batch {run.micro_batch_size} x accumulation {run.accumulation} with checkpointing "
+        f"{run.levers.checkpointing!r} is {why} {len(candidates)} combinations tried{speed}"
+    )
+    return _of(ledger, gpu, effective, verdict, reason, candidates)
+
+
+def _of(
+    ledger: Ledger,
+    gpu: GpuProfile,
+    effective: int,
+    verdict: str,
+    reason: str,
+    candidates: list[Candidate],
+    advice: list[str] | None = None,
+) -> Plan:
     return Plan(
-        run=run,
+        run=ledger.run,
         ledger=ledger,
         gpu=gpu,
         effective_batch_size=effective,
         budget_bytes=gpu.usable_bytes,
         headroom_bytes=gpu.usable_bytes - ledger.peak.device_bytes,
         verdict=verdict,
-        reason=(
-            f"micro-batch {run.micro_batch_size} x accumulation {run.accumulation} with checkpointing "
-            f"{run.levers.checkpointing!r} is {why} {len(candidates)} combinations tried{speed}"
-        ),
+        reason=reason,
         candidates=tuple(candidates),
+        advice=tuple(advice or ()),
     )
 
 
@@ -221,18 +235,9 @@ def _impossible(
 ) -> Plan:
     ledger = estimate(model, run, gpu)
     missing = ledger.peak.device_bytes - gpu.usable_bytes
-    return Plan(
-        run=run,
-        ledger=ledger,
-        gpu=gpu,
-        effective_batch_size=effective,
-        budget_bytes=gpu.usable_bytes,
-        headroom_bytes=-missing,
-        verdict="does_not_fit",
-        reason=f"even micro-batch 1 with every saving asked for needs {human(missing)} more than {gpu.name} has",
-        candidates=tuple(candidates),
-        advice=tuple(_advice(quick, model, run, gpu)),
-    )
+    reason = f"even micro-batch 1 with every saving asked for needs {human(missing)} more than {gpu.name} has"
+    advice = _advice(quick, model, run, gpu)
+    return _of(ledger, gpu, effective, "does_not_fit", reason, candidates, advice)
 
 
 def _advice(quick: Quick, model: ModelSpec, run: RunSpec, gpu: GpuProfile) -> list[str]:

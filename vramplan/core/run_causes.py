@@ -13,7 +13,7 @@ from .timeline import play
 from .units import GIB, MIB, human, round_up
 
 if TYPE_CHECKING:
-    from .diagnose import Case
+    from .case import Case
 
 
 class Match(NamedTuple):

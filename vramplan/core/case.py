@@ -1,0 +1,26 @@
+"""What the rules of a diagnosis look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .types import Fix, GpuProcess, GpuProfile, Ledger, ModelSpec, OomEvidence, RunSpec
+
+
+@dataclass(slots=True)
+class Case:
+    """The report, the run if it is known, and what has been worked out so far."""
+
+    evidence: OomEvidence
+    model: ModelSpec | None
+    run: RunSpec | None
+    card: GpuProfile
+    named: bool  # the card was named, it is not only the default chip
+    ledger: Ledger | None = None
+    fixes: tuple[Fix, ...] = ()
+    saved: dict[str, int] = field(default_factory=dict)  # by the key of a cause
+    floor_bytes: int | None = None  # the least that was tried, where nothing fits
+    own_pid: int | None = None  # of a "Process N" that is this very process
+    others: tuple[GpuProcess, ...] = ()
+    others_bytes: int = 0
+    budget_bytes: int | None = None
