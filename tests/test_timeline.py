@@ -11,8 +11,10 @@ from measured import MIB, TRAINED, case_id, h200, model, rows, step_run, trained
 
 from vramplan.core.blocks import PLAYED
 from vramplan.core.ledger import NO_CARD, estimate, simulate
-from vramplan.core.timeline import Step, Unrolled, checkpointed, play
+from vramplan.core.masks import pattern_period
+from vramplan.core.timeline import Step, checkpointed, play
 from vramplan.core.types import Levers, Lora, RunSpec, Unplannable
+from vramplan.core.unroll import Unrolled
 
 STEPS = rows("h200-step-memory.jsonl")
 
@@ -103,6 +105,31 @@ def test_unrolling_is_the_same_as_playing_every_layer(checkpointing, name):
     step.play()
     whole = Unrolled(step.rec, depth, depth, 1)
     assert sizes(short) == sizes(whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "seq", "period"),
+    [("gemma-3-12b", 1024, 6), ("gemma-3-12b", 512, 1), ("smollm3-3b", 512, 4), ("phi-3-mini-4k", 2048, 1)],
+)
+def test_kinds_of_layers_repeat(name, seq, period):
+    spec, run = model(name), RunSpec(model=name, seq_len=seq, levers=Levers(checkpointing="every-2", loss="full"))
+    assert pattern_period(spec, run) == period
+    short = play(spec, run, NO_CARD)
+    step = Step(spec, run, NO_CARD)
+    step.play()
+    whole = Unrolled(step.rec, spec.num_layers, spec.num_layers, 1)
+    assert short.played < spec.num_layers
+    assert sizes(short) == sizes(whole)
+
+
+def test_a_window_shorter_than_the_sequence_needs_a_mask():
+    def masks(name: str, seq: int) -> int:
+        run = RunSpec(model=name, seq_len=seq, levers=Levers(checkpointing="none"))
+        return sum(row[1] == "mask in bf16" for row in play(model(name), run, NO_CARD).info)
+
+    assert masks("phi-3-mini-4k", 2046) == 0
+    assert masks("phi-3-mini-4k", 2048) == 4  # of four layers played
+    assert masks("gemma-3-1b", 512) == 4 * 5 + 2  # 26 layers are 4 times five local and one global, and two local
 
 
 def sizes(unrolled: Unrolled) -> list[list[int]]:

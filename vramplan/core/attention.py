@@ -112,8 +112,10 @@ def kernel_for(capability: tuple[int, int], heads: Heads, masked: bool) -> str:
 def sdpa(tape: Tape, q: Tensor, k: Tensor, v: Tensor, heads: Heads, kernel: str, mask: Tensor | None) -> Tensor:
     """One fused attention call: saves q, k, v, the output and the log-sum-exp; its backward needs scratch."""
     q, k, v = (cast(tape, t, BF16, "attention input in bf16") for t in (q, k, v))
-    if mask is not None and heads.query != heads.key:  # use_gqa_in_sdpa: a mask turns grouped queries off
+    bias = None
+    if mask is not None:  # use_gqa_in_sdpa: a mask turns grouped queries off
         k, v = repeat_kv(tape, k, heads), repeat_kv(tape, v, heads)
+        bias = additive_mask(tape, mask, heads)
     node = None
     if q.node is not None or k.node is not None or v.node is not None:
         shapes = [(t.rows, t.columns) for t in (q, k, v)]
@@ -125,7 +127,7 @@ def sdpa(tape: Tape, q: Tensor, k: Tensor, v: Tensor, heads: Heads, kernel: str,
             del scratch, held
             return out
 
-        node = Node(tape, (q, k, v), backward, (q, k, v))
+        node = Node(tape, (q, k, v), backward, (q, k, v) if bias is None else (q, k, v, bias))
     out = tape.new("attention", q.rows, q.columns, BF16)
     lse = tape.new("attention log-sum-exp", heads.batch * heads.query, heads.seq, FP32)
     rng = [tape.new("attention rng", 1, 2, "int64") for _ in range(2 if kernel == "cudnn" else 1)]
@@ -135,6 +137,15 @@ def sdpa(tape: Tape, q: Tensor, k: Tensor, v: Tensor, heads: Heads, kernel: str,
         out.node = node
     del rng
     return out
+
+
+def additive_mask(tape: Tape, mask: Tensor, heads: Heads) -> Tensor:
+    """`convert_boolean_attn_mask`: every call makes its own [B, 1, S, S] in bf16, and keeps it for backward."""
+    rows = heads.batch * heads.seq
+    inverted = tape.new("mask inverted", rows, heads.seq, "bool")
+    bias = tape.new("mask in bf16", rows, heads.seq, BF16)
+    del inverted
+    return bias
 
 
 def kernel_scratch(kernel: str, heads: Heads) -> list[int]:
@@ -154,8 +165,11 @@ def repeat_kv(tape: Tape, x: Tensor, heads: Heads) -> Tensor:
     """`repeat_kv`: expand and copy; the gradient is summed over the group."""
     if heads.query == heads.key:
         return x
+    columns = x.columns * heads.query // heads.key
     node = Node(tape, (x,), lambda g, n: (_first(g).detach(),)) if x.node is not None else None
-    out = tape.new("k, v repeated", x.rows, x.columns * heads.query // heads.key, x.dtype)
+    if heads.key == 1:  # one head repeated is a view
+        return Tensor(x.storage, x.rows, columns, x.dtype, node)
+    out = tape.new("k, v repeated", x.rows, columns, x.dtype)
     out.node = node
     return out
 

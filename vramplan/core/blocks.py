@@ -6,9 +6,12 @@ the original's order and with its variable names, because a name that is rebound
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from . import architecture as arch
 from .attention import Heads, chunk, eager, kernel_for, narrow, rotary, sdpa
 from .bnb_kernel import uses_fused_kernel
+from .masks import is_local
 from .ops import add, cast, clone, dropout, layernorm, lora_linear4bit, mul, rmsnorm, unary
 from .tape import Tape, Tensor
 from .types import GpuProfile, ModelSpec, RunSpec, Unplannable
@@ -17,17 +20,20 @@ PLAYED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"
           "granite", "starcoder2", "gpt_neox")  # fmt: skip
 
 
-def masked(run: RunSpec) -> bool:
-    """Whether attention gets a mask. With the fused loss the trainer leaves it out: padding comes last, attention is
-    causal and padded positions carry no label, so no real token sees it."""
-    return run.padding and run.levers.loss == "full"
-
-
 Adapters = dict[str, tuple[Tensor, Tensor]]  # Linear name -> (A [r, in], B [out, r]) of one layer
 
 
+class Shared(NamedTuple):
+    """What all layers of one forward use: rotary tables, and masks by whether the layer is local."""
+
+    cos: Tensor
+    sin: Tensor
+    masks: dict[bool, Tensor]
+    spare: tuple[Tensor, ...] = ()  # Gemma 3's second pair of rotary tables
+
+
 class Player:
-    """What every block needs: the tape, the shapes, the adapter of the layer being played, cos and sin."""
+    """What every block needs: the tape, the shapes, the adapter of the layer being played, what layers share."""
 
     def __init__(self, tape: Tape, spec: ModelSpec, run: RunSpec, gpu: GpuProfile) -> None:
         if spec.model_type not in PLAYED:
@@ -46,17 +52,16 @@ class Player:
             for x in self.linears.values()
         }
         self.norm_dtype = "bfloat16" if run.levers.upcast == "none" else "float32"
-        self.kernel = kernel_for(gpu.compute_capability, self.heads, masked(run))
+        self.kernels = {m: kernel_for(gpu.compute_capability, self.heads, m) for m in (False, True)}
         self.adapters: Adapters = {}
         # torch.cat leaves q head by head in memory, attention's output follows q, and its reshape must copy
         self.joined = spec.model_type in ("phi3", "gpt_neox") or spec.partial_rotary_factor != 1.0
-        self.mask: Tensor | None = None
         self.forget()
 
     def forget(self) -> None:
-        """Let go of cos, sin and mask: the decoder's forward has returned."""
-        self.cos = self.sin = self.tape.constant(self.run.seq_len, self.spec.head_dim, "bfloat16")
-        self.mask = None
+        """Let go of what the layers share: the decoder's forward has returned."""
+        nothing = self.tape.constant(self.run.seq_len, self.spec.head_dim, "bfloat16")
+        self.shared = Shared(nothing, nothing, {})
 
     # --------------------------------------------------------------------------------------------- short forms
     def linear(self, x: Tensor, short: str) -> Tensor:
@@ -87,10 +92,11 @@ class Player:
         return normed.view(x.rows, x.columns)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        mask = self.shared.masks.get(is_local(self.spec, self.run, self.tape.layer))
         if self.run.levers.attention == "eager":
             cap = self.spec.attn_logit_softcapping is not None
-            return eager(self.tape, query, key, value, self.heads, self.mask, cap)
-        out = sdpa(self.tape, query, key, value, self.heads, self.kernel, self.mask)
+            return eager(self.tape, query, key, value, self.heads, mask, cap)
+        out = sdpa(self.tape, query, key, value, self.heads, self.kernels[mask is not None], mask)
         return clone(self.tape, out, "attention by token") if self.joined else out
 
     def residual_dropout(self, x: Tensor) -> Tensor:
@@ -122,8 +128,8 @@ def attention(p: Player, hidden_states: Tensor) -> Tensor:
             p.tape,
             query_states,
             key_states,
-            p.cos,
-            p.sin,
+            p.shared.cos,
+            p.shared.sin,
             share=spec.partial_rotary_factor,
             joined=p.joined,
             cast_back=spec.model_type == "olmo2",
@@ -223,7 +229,13 @@ def neox_attention(p: Player, hidden_states: Tensor) -> Tensor:
     qkv = p.linear(hidden_states, "query_key_value")
     query_states, key_states, value_states = chunk(p.tape, qkv, 3, "qkv")
     query_states, key_states = rotary(
-        p.tape, query_states, key_states, p.cos, p.sin, share=p.spec.partial_rotary_factor, joined=p.joined
+        p.tape,
+        query_states,
+        key_states,
+        p.shared.cos,
+        p.shared.sin,
+        share=p.spec.partial_rotary_factor,
+        joined=p.joined,
     )
     attn_output = p.attend(query_states, key_states, value_states)
     attn_output = p.linear(attn_output, "dense")

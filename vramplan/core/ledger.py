@@ -10,9 +10,10 @@ from .allocator import Native, OutOfMemory
 from .expandable import allocator
 from .loading import Loader
 from .replay import Played, live_at_peak, play_step, workspaces
-from .timeline import Unrolled, play
+from .timeline import play
 from .types import GpuProfile, Ledger, Line, ModelSpec, Peak, PhasePeak, Resident, RunSpec, Unplannable
 from .units import MIB
+from .unroll import Unrolled
 
 # What chip-dependent numbers are for when no card is named: compute capability 8.9 (RTX 40 series, L4, L40S).
 NO_CARD = GpuProfile(

@@ -9,9 +9,10 @@ from . import resident
 from .ledger import MARGIN, NO_CARD, estimate
 from .replay import workspaces
 from .speed import tokens_per_s
-from .timeline import Unrolled, play
+from .timeline import play
 from .types import Candidate, GpuProfile, GpuVerdict, Ledger, Levers, ModelSpec, Plan, RunSpec
 from .units import human
+from .unroll import Unrolled
 
 OBJECTIVES = ("speed", "memory", "context")
 CHECKPOINTING = ("none", "every-4", "every-2", "all")

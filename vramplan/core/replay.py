@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .allocator import SMALL_REQUEST, Handle, Native
-from .timeline import LAYER_SHIFT, Change, Unrolled
+from .unroll import LAYER_SHIFT, Change, Unrolled
 
 # One operation on the allocator: (key or None, bytes, high, key is relative). key None: `bytes` is the net change of
 # the small pool and `high` its highest point; bytes 0: the large tensor of that key dies.

@@ -8,8 +8,9 @@ read off `profiles/calibration` rows of one card (docs/measurements); treat the 
 from __future__ import annotations
 
 from . import architecture as arch
-from .timeline import Unrolled, checkpoint_period
+from .timeline import checkpoint_period
 from .types import GpuProfile, ModelSpec, RunSpec
+from .unroll import Unrolled
 
 MATMUL_SHARE, BANDWIDTH_SHARE = 0.75, 0.75
 TOUCHES = 3  # a tensor is written once and read twice

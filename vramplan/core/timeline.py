@@ -10,27 +10,17 @@ The order of things is that of transformers 5.17 under bf16 autocast: `driver` "
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from math import lcm
 
 from . import architecture as arch
-from .blocks import Player, block, masked
+from .blocks import Player, Shared, block
 from .head import chunked_loss, full_loss
+from .masks import is_local, padded, pattern_period
 from .ops import BF16, FP32, dropout, layernorm, rmsnorm, unary
 from .tape import Leaf, Recorder, Tape, Tensor
 from .types import GpuProfile, ModelSpec, RunSpec
-
-LAYER_SHIFT = 20  # a tensor's key: kind of section, layer, number of its birth there
-
-
-class Section(NamedTuple):
-    """Events of one place: `layer` -1 outside the layers, else the played layer. Phase as the user knows it."""
-
-    phase: str
-    name: str
-    layer: int
-    events: tuple[int, ...]
+from .unroll import Unrolled
 
 
 def checkpointed(levers_checkpointing: str, layer: int) -> bool:
@@ -157,11 +147,10 @@ class Step:
         inputs_embeds = self.embed(tokens)
         width = int(spec.head_dim * spec.partial_rotary_factor)
         rotary_dtype = FP32 if spec.model_type == "olmo2" else self.wide
-        player.cos = tape.new("cos", self.run.seq_len, width, rotary_dtype)
-        player.sin = tape.new("sin", self.run.seq_len, width, rotary_dtype)
-        if self.run.levers.attention == "eager" or masked(self.run):
-            rows = self.run.seq_len * (self.run.micro_batch_size if masked(self.run) else 1)
-            player.mask = tape.new("causal mask", rows, self.run.seq_len, self.wide)
+        pairs = 2 if spec.model_type == "gemma3_text" else 1  # one for each kind of layer
+        tables = [tape.new(name, self.run.seq_len, width, rotary_dtype) for name in ("cos", "sin") * pairs]
+        player.shared = Shared(tables[0], tables[1], self.masks(), tuple(tables[2:]))
+        del tables
         hidden_states = inputs_embeds
         for index in range(spec.num_layers):
             tape.layer = index
@@ -176,6 +165,19 @@ class Step:
             return layernorm(tape, hidden_states, player.norm_dtype)
         return rmsnorm(tape, hidden_states, player.norm_dtype, spec.norm == "gemma_rmsnorm", spec.model_type == "olmo2")
 
+    def masks(self) -> dict[bool, Tensor]:
+        """The masks of the forward, one for the global layers and one for the local, where there must be one."""
+        run, seq = self.run, self.run.seq_len
+        kinds = {is_local(self.spec, run, layer) for layer in range(self.spec.num_layers)}
+        eager = run.levers.attention == "eager"
+        rows = seq * (run.micro_batch_size if padded(run) else 1)
+        dtype = self.wide if eager else "bool"
+        return {
+            local: self.tape.new("local mask" if local else "causal mask", rows, seq, dtype)
+            for local in sorted(kinds)
+            if eager or local or padded(run)
+        }
+
     def layer(self, index: int, hidden_states: Tensor) -> Tensor:
         player, tape = self.player, self.tape
         if not checkpointed(self.run.levers.checkpointing, index):
@@ -183,11 +185,11 @@ class Step:
             return block(player, hidden_states)
         if index and not self.run.levers.checkpoint_offload:
             self.rec.relabel(hidden_states, "activations.checkpoints", "layer input kept")
-        adapters, cos, sin, mask = self.adapters[index], player.cos, player.sin, player.mask
+        adapters, shared = self.adapters[index], player.shared
 
         def run(hidden_states: Tensor) -> Tensor:
             self.rec.scope = "activations.layers"
-            player.adapters, player.cos, player.sin, player.mask = adapters, cos, sin, mask
+            player.adapters, player.shared = adapters, shared
             return block(player, hidden_states)
 
         return tape.checkpoint(run, hidden_states, self.run.levers.checkpoint_offload)
@@ -218,136 +220,9 @@ class Step:
         del held
 
 
-# ------------------------------------------------------------------------------------------------------ unrolling
-class Unrolled:
-    """The step at full depth, from a step played on `played` layers.
-
-    Sections are those of the played step. Real layer l is shown by played layer `shown(l)`; a tensor born in a layer's
-    section is renamed by the real layer, so that the same event list serves all.
-    """
-
-    def __init__(self, rec: Recorder, played: int, depth: int, period: int) -> None:
-        self.info = rec.info
-        self.played, self.depth, self.period = played, depth, period
-        self.sections = _sections(rec)
-        self._highest: tuple[int, int] | None = None
-        self._compiled: dict[int, list[Change]] | None = None
-        self.born: dict[int, tuple[int, int, int]] = {}  # storage -> (kind, played layer, n-th birth of its section)
-        kind = 0
-        for section in self.sections:
-            if section.layer < 0:  # the layers between two outer sections are one kind
-                kind += 1
-            count = 0
-            for event in section.events:
-                if event > 0:
-                    self.born[event] = (kind, section.layer, count)
-                    count += 1
-            if section.layer < 0:
-                kind += 1
-
-    def shown(self, layer: int) -> int:
-        """The played layer that stands for this real one: the first and last blocks as they are, the middle by one."""
-        period, tail = self.period, self.played - 3 * self.period
-        if self.played == self.depth or layer < 2 * period:
-            return layer
-        if layer >= self.depth - tail:
-            return layer - self.depth + self.played
-        return 2 * period + layer % period
-
-    def real_layers(self, played: int) -> list[int]:
-        return [layer for layer in range(self.depth) if self.shown(layer) == played]
-
-    def order(self) -> Iterator[tuple[Section, int]]:
-        """(section, real layer) in the order of time; sections outside the layers have layer -1."""
-        run: list[Section] = []
-        for section in self.sections:
-            if section.layer < 0:
-                yield from self._layers(run)
-                run = []
-                yield section, -1
-            else:
-                run.append(section)
-        yield from self._layers(run)
-
-    def _layers(self, run: list[Section]) -> Iterator[tuple[Section, int]]:
-        if not run:
-            return
-        by_layer = {s.layer: s for s in run}
-        forward = run[0].layer < run[-1].layer or len(run) == 1
-        for layer in range(self.depth) if forward else range(self.depth - 1, -1, -1):
-            section = by_layer.get(self.shown(layer))
-            if section is not None:
-                yield section, layer
-
-    def steps(self) -> Iterator[tuple[Section, int, list[Change]]]:
-        """(section, real layer, its changes) in the order of time; a key of a relative change gets the layer added."""
-        if self._compiled is None:
-            self._compiled = {id(section): self._compile(section) for section in self.sections}
-        for section, layer in self.order():
-            yield section, layer, self._compiled[id(section)]
-
-    def peak_bytes(self) -> int:
-        """The most that the step's tensors take together, cuBLAS workspaces left out."""
-        return self.highest()[0]
-
-    def highest(self) -> tuple[int, int]:
-        """(bytes, number of the section in `steps`) of the step's highest point, cuBLAS workspaces left out."""
-        if self._highest is not None:
-            return self._highest
-        info = self.info
-        sums: dict[int, tuple[int, int]] = {}
-        now = best = where = 0
-        for number, (section, _, changes) in enumerate(self.steps()):
-            if id(section) not in sums:
-                net = high = 0
-                for event, _, _ in changes:
-                    row = info[abs(event)]
-                    if row[0] == "workspace.cublas":
-                        continue
-                    net += row[5] if event > 0 else -row[5]
-                    high = max(high, net)
-                sums[id(section)] = (net, high)
-            net, high = sums[id(section)]
-            if now + high > best:
-                best, where = now + high, number
-            now += net
-        self._highest = best, where
-        return best, where
-
-    def _compile(self, section: Section) -> list[Change]:
-        out: list[Change] = []
-        for event in section.events:
-            ident = abs(event)
-            kind, home, count = self.born[ident]
-            if home < 0:
-                out.append((event, _key(kind, 0, count), False))
-            elif section.layer >= 0:
-                out.append((event, _key(kind, home - section.layer, count), True))
-            else:  # outside the layers, a layer's tensor dies: so does that of every layer it stands for
-                out += [(event, _key(kind, real, count), False) for real in self.real_layers(home)]
-        return out
-
-
-Change = tuple[int, int, bool]  # +info index (birth) or -info index (death), key of the tensor, key is relative
-
-
-def _key(kind: int, layer: int, count: int) -> int:
-    return (((kind << 14) + layer) << LAYER_SHIFT) + count
-
-
-def _sections(rec: Recorder) -> list[Section]:
-    out = []
-    for i, (at, name) in enumerate(rec.marks):
-        end = rec.marks[i + 1][0] if i + 1 < len(rec.marks) else len(rec.events)
-        phase, _, rest = name.partition(" ")
-        layer = int(rest) if rest.lstrip("-").isdigit() else -1
-        out.append(Section(phase, rest if layer < 0 else "", layer, tuple(rec.events[at:end])))
-    return out
-
-
 def play(spec: ModelSpec, run: RunSpec, gpu: GpuProfile) -> Unrolled:
     """The steady optimizer step of `run` on `spec`, at full depth."""
-    period = checkpoint_period(run.levers.checkpointing)
+    period = lcm(checkpoint_period(run.levers.checkpointing), pattern_period(spec, run))
     played = min(spec.num_layers, 4 * period + spec.num_layers % period)
     step = Step(replace(spec, num_layers=played), run, gpu)
     step.play()

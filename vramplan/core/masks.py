@@ -1,0 +1,31 @@
+"""Which layers get an attention mask, and how often the kinds of layers repeat.
+
+transformers 5.17 (masking_utils.py) leaves the mask to the kernel's `is_causal` while nothing is padded and a sliding
+window is longer than the sequence. Else it makes one bool mask for all layers of a kind, [1 or B, 1, S, S].
+"""
+
+from __future__ import annotations
+
+from .types import ModelSpec, RunSpec
+
+
+def padded(run: RunSpec) -> bool:
+    """Whether attention must know of padding. With the fused loss the trainer leaves the mask out: padding comes last,
+    attention is causal and padded positions carry no label, so no real token sees it."""
+    return run.padding and run.levers.loss == "full"
+
+
+def is_local(spec: ModelSpec, run: RunSpec, layer: int) -> bool:
+    """Whether this layer's window is not longer than the sequence."""
+    if spec.sliding_window is None or run.seq_len < spec.sliding_window:
+        return False
+    return not spec.layer_types or spec.layer_types[layer % len(spec.layer_types)] == "sliding_attention"
+
+
+def pattern_period(spec: ModelSpec, run: RunSpec) -> int:
+    """After how many layers their kinds repeat: 1 where all are alike, 6 for Gemma 3's five local and one global."""
+    kinds = [
+        (is_local(spec, run, i), not spec.rope_layers or bool(spec.rope_layers[i % len(spec.rope_layers)]))
+        for i in range(spec.num_layers)
+    ]
+    return next(p for p in range(1, len(kinds) + 1) if kinds[p:] == kinds[:-p] or p == len(kinds))
