@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from measured import model
 
 from vramplan.core.ledger import estimate
-from vramplan.core.plan import capacity, divisors, judge, largest, plan
+from vramplan.core.plan import Quick, capacity, divisors, judge, largest, plan
 from vramplan.core.recipes import RECIPES
-from vramplan.core.types import GpuProfile, Levers, RunSpec
+from vramplan.core.types import GpuProfile, Levers, Lora, RunSpec
 from vramplan.core.units import GIB
 from vramplan.sources.profiles import load_gpu
 
@@ -84,6 +84,26 @@ def test_what_cannot_fit_comes_with_the_nearest_changes():
     found = plan(model("llama-3.1-8b"), stock, load_gpu("rtx-3060-12gb"), 4, free=())
     assert found.verdict == "does_not_fit"
     assert found.advice[0].startswith("--recipe lean")
+
+
+def test_what_is_kept_tells_runs_apart():
+    quick, gpu = Quick(SMALL), card(20)
+    run = RunSpec(model="s", seq_len=512)
+    base = quick.bytes(run, gpu)
+    assert quick.bytes(replace(run, lora=replace(run.lora, r=256)), gpu) > base
+    assert quick.bytes(replace(run, double_quant=False), gpu) > base
+    assert quick.bytes(run, gpu) == base
+
+
+def test_a_smaller_rank_is_advised_where_it_fits():
+    run = RunSpec(model="s", seq_len=64, lora=Lora(r=2048), levers=Levers(checkpointing="all"))
+    need = estimate(SMALL, run, card(20)).peak.device_bytes
+    found = plan(SMALL, run, replace(card(20), usable_bytes=need // 2), 1)
+    assert found.verdict == "does_not_fit"
+    advised = next(text for text in found.advice if text.startswith("--lora-r"))
+    rank = int(advised.split()[1])
+    smaller = replace(run, lora=replace(run.lora, r=rank))
+    assert 0.4 * need < estimate(SMALL, smaller, card(20)).peak.device_bytes <= 0.52 * need
 
 
 def test_a_pinned_lever_is_kept():

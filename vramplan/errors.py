@@ -32,12 +32,6 @@ class DoesNotFit(VramplanError):
     exit_code = DOES_NOT_FIT
 
 
-class RunEndedInOom(VramplanError):
-    """The training child ran out of memory (exit code 4)."""
-
-    exit_code = ENDED_IN_OOM
-
-
 class MissingExtra(VramplanError):
     """A library of an optional extra is not installed (exit code 1)."""
 

@@ -12,7 +12,7 @@ from . import architecture as arch
 from .attention import Heads, chunk, eager, kernel_for, narrow, rotary, sdpa
 from .bnb_kernel import uses_fused_kernel
 from .masks import is_local
-from .ops import add, cast, clone, dropout, layernorm, lora_linear4bit, mul, rmsnorm, unary
+from .ops import add, clone, dropout, layernorm, lora_linear4bit, mul, rmsnorm, unary
 from .tape import Tape, Tensor
 from .types import GpuProfile, ModelSpec, RunSpec, Unplannable
 
@@ -258,6 +258,3 @@ def block(p: Player, hidden_states: Tensor) -> Tensor:
     if p.spec.norm_placement == "post":
         return post_norm_block(p, hidden_states)
     return llama_block(p, hidden_states)
-
-
-__all__ = ["PLAYED", "Adapters", "Player", "block", "cast"]

@@ -148,7 +148,7 @@ def dropout(tape: Tape, x: Tensor, p: float) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------------- linear
-def linear(tape: Tape, x: Tensor, weight: Tensor, name: str, bias: bool = False) -> Tensor:
+def linear(tape: Tape, x: Tensor, weight: Tensor, name: str) -> Tensor:
     """`F.linear` under bf16 autocast with a weight [out, in] that is frozen (no node) or trainable.
 
     A float32 input or weight is copied to bf16 first; autocast keeps the copies of trainable weights until it ends.
@@ -268,14 +268,6 @@ def lora_output(tape: Tape, x: Tensor, lora: tuple[Tensor, Tensor], name: str, p
         linear(tape, linear(tape, dropout(tape, x, p), lora[0], down), lora[1], name + " lora_B"),
         name + " lora scaled",
     )
-
-
-def lora_linear(
-    tape: Tape, x: Tensor, weight: Tensor, lora: tuple[Tensor, Tensor] | None, *, name: str, p: float
-) -> Tensor:
-    """peft `lora.Linear.forward` over a Linear that was not quantised (Falcon)."""
-    result = linear(tape, x, weight, name)
-    return result if lora is None else add(tape, result, lora_output(tape, x, lora, name, p), name)
 
 
 def clone(tape: Tape, x: Tensor, name: str) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from . import resident
-from .ledger import MARGIN, NO_CARD, estimate
+from .ledger import MARGIN, estimate
 from .replay import workspaces
 from .speed import tokens_per_s
 from .timeline import play
@@ -31,7 +31,7 @@ def judge(ledger: Ledger, gpu: GpuProfile) -> str:
 
 class Quick:
     """Device bytes of variants of one run, without replaying the allocator: the sum of the live tensors at the
-    highest point, the stated margin and the context. Kept per (batch, sequence, levers, accumulation, chip)."""
+    highest point, the stated margin and the context. Kept by all of a run and a chip that costs memory."""
 
     def __init__(self, model: ModelSpec) -> None:
         self.model = model
@@ -46,7 +46,8 @@ class Quick:
     def _played(self, run: RunSpec, gpu: GpuProfile) -> tuple[int, Unrolled]:
         chip = gpu.compute_capability[0] if run.micro_batch_size * run.seq_len > 1536 else (
             gpu.compute_capability, gpu.sm_count)  # fmt: skip
-        key = (run.micro_batch_size, run.seq_len, run.levers, min(run.accumulation, 2), chip)
+        shape = (run.micro_batch_size, run.seq_len, min(run.accumulation, 2), run.padding, run.driver)
+        key = (shape, run.levers, run.lora, run.double_quant, chip)
         if key not in self.known:
             unrolled = play(self.model, run, gpu)
             self.known[key] = (self._resident(run, unrolled) + unrolled.peak_bytes(), unrolled)
@@ -245,7 +246,7 @@ def _advice(quick: Quick, model: ModelSpec, run: RunSpec, gpu: GpuProfile) -> li
     """The smallest changes that would fit, those that leave training as it is first."""
 
     def fits(variant: RunSpec) -> bool:
-        return quick.bytes(variant, gpu) <= gpu.usable_bytes
+        return judge(estimate(model, variant, gpu), gpu) != "does_not_fit"
 
     out = []
     lean = replace(run, levers=Levers(attention=run.levers.attention))
@@ -253,15 +254,16 @@ def _advice(quick: Quick, model: ModelSpec, run: RunSpec, gpu: GpuProfile) -> li
         out.append("--recipe lean: nothing upcast, fused loss, paged 8-bit optimizer, expandable segments")
     if not run.double_quant and fits(replace(run, double_quant=True)):
         out.append("--double-quant: quantisation constants quantised too")
-    seq = largest(lambda n: fits(replace(lean, seq_len=64 * n)), run.seq_len // 64)
-    if seq:
-        out.append(f"--seq-len {64 * seq} instead of {run.seq_len}" + (", with --recipe lean" if lean != run else ""))
-    rank = largest(lambda n: fits(replace(lean, lora=replace(run.lora, r=n))), run.lora.r)
+    offload = replace(lean, levers=replace(lean.levers, checkpoint_offload=True))
+    if not run.levers.checkpoint_offload and not fits(lean) and fits(offload):
+        out.append("--checkpoint-offload: the layers' inputs wait in pinned host memory")
+    also = "" if lean == run else ", with --recipe lean"
+    blocks = _largest_that_survives(quick, gpu, lambda n: replace(lean, seq_len=64 * n), run.seq_len // 64)
+    if 0 < 64 * blocks < run.seq_len:
+        out.append(f"--seq-len {64 * blocks} instead of {run.seq_len}{also}")
+    rank = _largest_that_survives(quick, gpu, lambda n: replace(lean, lora=replace(run.lora, r=n)), run.lora.r)
     if 0 < rank < run.lora.r:
-        out.append(f"--lora-r {rank} instead of {run.lora.r}")
+        out.append(f"--lora-r {rank} instead of {run.lora.r}{also}")
     need = estimate(model, lean, gpu).peak.device_bytes
     out.append(f"a card with {human(need)} or more free for one process")
     return out
-
-
-__all__ = ["NO_CARD", "OBJECTIVES", "capacity", "divisors", "judge", "plan"]

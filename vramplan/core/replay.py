@@ -17,10 +17,6 @@ class Played:
         self.allocated: dict[str, int] = {}  # by phase
         self.reserved_bytes = 0
 
-    @property
-    def peak_phase(self) -> str:
-        return max(self.allocated, key=lambda phase: self.allocated[phase])
-
 
 def fold(unrolled: Unrolled, changes: list[Change]) -> list[Op]:
     """Changes as operations: runs of small tensors become one net change with its highest point."""

@@ -22,11 +22,6 @@ def parse_size(text: str) -> int:
     return round(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def gib(size: int, digits: int = 2) -> str:
-    """Bytes as GiB with a fixed number of digits, without the unit: 6845104128 -> "6.38"."""
-    return f"{size / GIB:.{digits}f}"
-
-
 def human(size: int) -> str:
     """Bytes in the unit that reads best: "512 B", "8.1 MiB", "6.38 GiB"."""
     if abs(size) < KIB:
