@@ -102,9 +102,9 @@ def add(tape: Tape, a: Tensor, b: Tensor, name: str = "sum") -> Tensor:
     return out
 
 
-def mul(tape: Tape, a: Tensor, b: Tensor, name: str = "product", dtype: str | None = None) -> Tensor:
+def mul(tape: Tape, a: Tensor, b: Tensor, name: str = "product") -> Tensor:
     """`a * b`; b may be smaller (broadcast). Saves what the other's gradient needs."""
-    result = dtype or wider(a.dtype, b.dtype)
+    result = wider(a.dtype, b.dtype)
     node = None
     if a.node is not None or b.node is not None:
         rows, columns = a.rows, a.columns

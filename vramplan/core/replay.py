@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .allocator import SMALL_REQUEST, Handle, Native
+from .tape import WORKSPACE_KEY
 from .unroll import LAYER_SHIFT, Change, Unrolled
 
 # One operation on the allocator: (key or None, bytes, high, key is relative). key None: `bytes` is the net change of
@@ -26,12 +27,8 @@ def fold(unrolled: Unrolled, changes: list[Change]) -> list[Op]:
     for event, key, relative in changes:
         size = info[abs(event)][5]
         if size <= SMALL_REQUEST:
-            if info[abs(event)][0] == "workspace.cublas":
-                continue  # resident in a steady step, counted there
             net += size if event > 0 else -size
             high = max(high, net)
-            continue
-        if info[abs(event)][0] == "workspace.cublas":
             continue
         if net or high:
             ops.append((None, net, high, False))
@@ -77,7 +74,7 @@ def _close(played: Played, phase: str, memory: Native) -> None:
 
 def workspaces(unrolled: Unrolled) -> list[int]:
     """Bytes of the cuBLAS workspaces that the step leaves behind."""
-    return [row[5] for row in unrolled.info if row[0] == "workspace.cublas"]
+    return [row[5] for row in unrolled.info if row[0] == WORKSPACE_KEY]
 
 
 def live_at_peak(unrolled: Unrolled) -> tuple[str, list[tuple[int, int]]]:
@@ -91,16 +88,13 @@ def live_at_peak(unrolled: Unrolled) -> tuple[str, list[tuple[int, int]]]:
         phase = section.phase
         shift = layer << LAYER_SHIFT
         for event, key, relative in changes:
-            row = info[abs(event)]
-            if row[0] == "workspace.cublas":
-                continue
             name = key + shift if relative else key
             if event > 0:
                 alive[name] = event
-                now += row[5]
+                now += info[event][5]
             else:
                 del alive[name]
-                now -= row[5]
+                now -= info[-event][5]
             if number == last and now == top:
                 break
         if number == last:

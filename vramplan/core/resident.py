@@ -87,9 +87,9 @@ def lora_bytes(spec: ModelSpec, lora: Lora) -> int:
 
 
 # bytes of state per parameter and how bitsandbytes' 8-bit kinds treat small tensors: see optimizer_bytes
-_PLAIN = {"adamw_torch": 8, "adamw_torch_fused": 8, "paged_adamw_32bit": 8, "lion_32bit": 4, "paged_lion_32bit": 4,
-          "sgd": 0}  # fmt: skip
-_EIGHT_BIT = {"adamw_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "paged_lion_8bit": 1}
+_MOMENTS = {"adamw_torch": 2, "adamw_torch_fused": 2, "paged_adamw_32bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2,
+            "lion_32bit": 1, "paged_lion_32bit": 1, "lion_8bit": 1, "paged_lion_8bit": 1,
+            "sgd": 0, "adafactor": 0}  # fmt: skip
 MIN_8BIT, MIN_PAGED = 4096, 100_000
 
 
@@ -110,8 +110,8 @@ def optimizer_bytes(spec: ModelSpec, lora: Lora, levers: Levers) -> tuple[int, i
         else:
             on_card += state
     on_card, paged = on_card * spec.num_layers, paged * spec.num_layers
-    if name in _EIGHT_BIT:
-        on_card += 2 * rounded(1024) if "adamw" in name else rounded(1024)
+    if name.endswith("_8bit"):
+        on_card += moments(name) * rounded(1024)
     return on_card, paged
 
 
@@ -125,35 +125,32 @@ def lora_tensors(spec: ModelSpec, lora: Lora) -> list[tuple[int, int]]:
 
 def moments(optimizer: str) -> int:
     """How many state tensors of the parameter's shape the optimizer keeps."""
-    if optimizer == "sgd" or optimizer == "adafactor":
-        return 0
-    return 1 if "lion" in optimizer else 2
+    return _MOMENTS[optimizer]
 
 
 def state_tensor_bytes(optimizer: str, elements: int) -> int:
     """Bytes on the card of one state tensor; 0 if it is paged."""
     if moments(optimizer) == 0 or (optimizer.startswith("paged") and elements >= MIN_PAGED):
         return 0
-    return rounded((1 if optimizer in _EIGHT_BIT and elements >= MIN_8BIT else 4) * elements)
+    return _moment_bytes(optimizer, elements)
+
+
+def _moment_bytes(name: str, elements: int) -> int:
+    return rounded((1 if name.endswith("_8bit") and elements >= MIN_8BIT else 4) * elements)
 
 
 def _absmax(name: str, elements: int) -> int:
-    if name not in _EIGHT_BIT or elements < MIN_8BIT:
+    if not name.endswith("_8bit") or elements < MIN_8BIT:
         return 0
-    return _EIGHT_BIT[name] * rounded(4 * -(-elements // 256))
+    return moments(name) * rounded(4 * -(-elements // 256))
 
 
 def _state(name: str, rows: int, columns: int) -> int:
-    n = rows * columns
-    if name in _EIGHT_BIT:
-        moments = _EIGHT_BIT[name]
-        width = 1 if n >= MIN_8BIT else 4
-        return moments * rounded(width * n) + _absmax(name, n)
     if name == "adafactor":  # row and column means of the squared gradient
         return rounded(4 * rows) + rounded(4 * columns)
-    per = _PLAIN[name]
+    n = rows * columns
     steps = rounded(4) if name == "adamw_torch_fused" else 0
-    return (per // 4) * rounded(4 * n) + steps
+    return moments(name) * _moment_bytes(name, n) + _absmax(name, n) + steps
 
 
 def weight_lines(spec: ModelSpec, double_quant: bool, upcast: str) -> list[Line]:

@@ -19,6 +19,7 @@ GRANULE = 512  # the CUDA caching allocator rounds every request up to this
 CUBLAS_WORKSPACE_BYTES = {9: 32 * 2**20}
 DEFAULT_CUBLAS_WORKSPACE_BYTES = 8_519_680
 CUBLASLT_WORKSPACE_BYTES = 2**20
+WORKSPACE_KEY = "workspace.cublas"
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
 
@@ -217,7 +218,7 @@ class Tape:
             if (name == "cublas" or bias) and (name, self.in_backward) not in self.workspaces:
                 thread = "backward" if self.in_backward else "forward"
                 text = f"{name} workspace, {thread} thread"
-                self.workspaces[name, self.in_backward] = self.new(text, 1, size, "uint8", "workspace.cublas")
+                self.workspaces[name, self.in_backward] = self.new(text, 1, size, "uint8", WORKSPACE_KEY)
 
     # ---------------------------------------------------------------------------------------------- checkpoints
     def pack(self, tensor: Tensor) -> Slot:

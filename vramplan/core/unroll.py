@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .tape import Recorder
+from .tape import WORKSPACE_KEY, Recorder
 
 LAYER_SHIFT = 20  # a tensor's key: kind of section, layer, number of its birth there
 
@@ -84,18 +84,21 @@ class Unrolled:
                 yield section, layer
 
     def steps(self) -> Iterator[tuple[Section, int, list[Change]]]:
-        """(section, real layer, its changes) in the order of time; a key of a relative change gets the layer added."""
+        """(section, real layer, its changes) in the order of time; a key of a relative change gets the layer added.
+
+        cuBLAS workspaces are left out: they are born once, stay, and are resident in a steady step.
+        """
         if self._compiled is None:
             self._compiled = {id(section): self._compile(section) for section in self.sections}
         for section, layer in self.order():
             yield section, layer, self._compiled[id(section)]
 
     def peak_bytes(self) -> int:
-        """The most that the step's tensors take together, cuBLAS workspaces left out."""
+        """The most that the step's tensors take together."""
         return self.highest()[0]
 
     def highest(self) -> tuple[int, int]:
-        """(bytes, number of the section in `steps`) of the step's highest point, cuBLAS workspaces left out."""
+        """(bytes, number of the section in `steps`) of the step's highest point."""
         if self._highest is not None:
             return self._highest
         info = self.info
@@ -105,10 +108,7 @@ class Unrolled:
             if id(section) not in sums:
                 net = high = 0
                 for event, _, _ in changes:
-                    row = info[abs(event)]
-                    if row[0] == "workspace.cublas":
-                        continue
-                    net += row[5] if event > 0 else -row[5]
+                    net += info[event][5] if event > 0 else -info[-event][5]
                     high = max(high, net)
                 sums[id(section)] = (net, high)
             net, high = sums[id(section)]
@@ -122,6 +122,8 @@ class Unrolled:
         out: list[Change] = []
         for event in section.events:
             ident = abs(event)
+            if self.info[ident][0] == WORKSPACE_KEY:
+                continue
             kind, home, count = self.born[ident]
             if home < 0:
                 out.append((event, _key(kind, 0, count), False))
