@@ -259,6 +259,7 @@ def test_checkpointed_layers_are_transformers_every_n():
         ({"lora": Lora(r=0)}, "rank must be at least 1"),
         ({"lora": Lora(dropout=1.0)}, "dropout"),
         ({"lora": Lora(targets=("nope",))}, "matches no Linear"),
+        ({"levers": Levers(optimizer="adamw")}, "no optimizer is called 'adamw'"),
     ],
 )
 def test_what_has_no_answer_is_refused(change, message):

@@ -11,7 +11,7 @@ from .expandable import allocator
 from .loading import Loader
 from .replay import Played, live_at_peak, play_step, workspaces
 from .timeline import play
-from .types import GpuProfile, Ledger, Line, ModelSpec, Peak, PhasePeak, Resident, RunSpec, Unplannable
+from .types import OPTIMIZERS, GpuProfile, Ledger, Line, ModelSpec, Peak, PhasePeak, Resident, RunSpec, Unplannable
 from .units import MIB
 from .unroll import Unrolled
 
@@ -82,6 +82,8 @@ def check_run(spec: ModelSpec, run: RunSpec) -> None:
         )
     if not 0 <= run.lora.dropout < 1:
         raise Unplannable(f"the LoRA dropout must be at least 0 and below 1, not {run.lora.dropout}")
+    if run.levers.optimizer not in OPTIMIZERS:
+        raise Unplannable(f"no optimizer is called {run.levers.optimizer!r}", "known: " + ", ".join(OPTIMIZERS))
     if run.levers.resident_layers is not None:
         raise Unplannable("streaming of layers cannot be planned yet", "leave resident_layers out")
 
