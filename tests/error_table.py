@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from measured import MIB, TRAINED, h200, model, rows, step_run, trained
+from measured import MIB, TRAINED, h200, model, trained
+from processes import step_memory
 
 from vramplan.core.ledger import simulate
 
 
 def main() -> None:
     groups: dict[str, list[tuple[float, float, float]]] = {}
-    for row in rows("h200-step-memory.jsonl"):
-        sim = simulate(model(row["model"]), step_run(row), h200())
+    for row, sim in step_memory():
         mib = row["mib"]
         groups.setdefault(row["model"], []).append(
             (

@@ -246,7 +246,6 @@ def test_fixes_are_priced_in_full_and_ranked(priced: Diagnosis) -> None:
     titles = [fix.title for fix in priced.fixes]
     for word in (
         "expandable",
-        "fused loss",
         "bf16",
         "checkpointed",
         "paged_adamw_8bit",

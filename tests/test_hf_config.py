@@ -46,6 +46,17 @@ VARIANTS: list[dict[str, Any]] = [
     {"model_type": "stablelm", **GQA, "use_qkv_bias": True},
     {"model_type": "stablelm", **GQA, "use_parallel_residual": True, "partial_rotary_factor": 0.5},
     {"model_type": "cohere", **GQA, "attention_bias": True},
+    {"model_type": "cohere", **GQA, "use_qk_norm": True},
+    {"model_type": "cohere2", **GQA, "sliding_window": 128},
+    {"model_type": "phi", **TINY, "partial_rotary_factor": 0.25, "resid_pdrop": 0.1, "embd_pdrop": 0.2},
+    {"model_type": "olmo", **GQA, "clip_qkv": 8.0},
+    {"model_type": "olmo3", **GQA, "sliding_window": 128},
+    {"model_type": "glm", **GQA, "head_dim": 32, "pad_token_id": 0},
+    {"model_type": "glm4", **GQA, "attention_bias": False, "pad_token_id": 0},
+    {"model_type": "exaone4", **GQA, "sliding_window": 128, "sliding_window_pattern": 2},
+    {"model_type": "exaone4", **GQA, "sliding_window": None, "layer_types": ["full_attention"] * 4},
+    {"model_type": "seed_oss", **GQA, "residual_dropout": 0.0},
+    {"model_type": "ministral", **GQA, "sliding_window": 128, "head_dim": 16},
     {"model_type": "gpt_neox", **TINY, "intermediate_size": 96, "hidden_dropout": 0.1, "rotary_pct": 0.5},
     {"model_type": "gpt_neox", **TINY, "attention_bias": False, "use_parallel_residual": False},
     {"model_type": "falcon", **TINY},
@@ -119,12 +130,15 @@ def compare(fields: dict[str, Any]) -> None:
     assert spec.activation == {"gelu_pytorch_tanh": "gelu_tanh"}.get(activation, activation)
     dropouts = ("residual_dropout", "resid_pdrop", "hidden_dropout")
     assert spec.residual_dropout == next((getattr(config, n) for n in dropouts if hasattr(config, n)), 0.0)
-    embedding = "hidden_dropout" if spec.model_type == "gpt_neox" else "embedding_dropout"
+    embedding = {"gpt_neox": "hidden_dropout", "phi": "embd_pdrop"}.get(spec.model_type, "embedding_dropout")
     assert spec.embedding_dropout == getattr(config, embedding, 0.0)
-    parallel = getattr(config, "use_parallel_residual", getattr(config, "parallel_attn", spec.model_type == "cohere"))
+    always = spec.model_type in ("cohere", "cohere2", "phi")
+    parallel = getattr(config, "use_parallel_residual", getattr(config, "parallel_attn", always))
     assert spec.parallel_residual is parallel
     assert_windows(spec, config)
     rope = getattr(config, "no_rope_layers", None) or [1] * spec.num_layers
+    if spec.model_type in ("cohere2", "exaone4") and config.sliding_window is not None:
+        rope = [int(kind == "sliding_attention") for kind in config.layer_types]
     assert list(spec.rope_layers or (1,) * spec.num_layers) == list(rope)
 
 
@@ -160,20 +174,30 @@ def test_the_modules_are_those_of_transformers(fields: dict[str, Any]) -> None:
 
     qkv = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value")
     assert bias_of(*qkv) is spec.qkv_bias
-    assert bias_of("o_proj", "self_attention.dense", "attention.dense") is spec.attention_out_bias
+    assert bias_of("o_proj", "self_attention.dense", "attention.dense", "self_attn.dense") is spec.attention_out_bias
     assert any(key.endswith(("qkv_proj.weight", "query_key_value.weight")) for key in layer) is spec.fused_qkv
     if not spec.num_experts:
-        mlp = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "c_fc", "c_proj", "dense_h_to_4h", "dense_4h_to_h")
+        mlp = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "c_fc", "c_proj", "dense_h_to_4h", "dense_4h_to_h",
+               "fc1", "fc2")  # fmt: skip
         assert bias_of(*mlp) is spec.mlp_bias
         assert ("mlp.gate_proj.weight" in layer or spec.fused_gate_up) is spec.gated_mlp
         assert ("mlp.gate_up_proj.weight" in layer) is spec.fused_gate_up
     head_norm = layer.get("self_attn.q_norm.weight")
     widths = {"none": None, "head": (spec.head_dim,), "full": (spec.num_heads * spec.head_dim,)}
+    if spec.model_type == "cohere":  # a weight for every head
+        widths["head"] = (spec.num_heads, spec.head_dim)
     assert head_norm == widths[spec.qk_norm]
     norms = [
         key for key in layer if ("norm" in key or key.startswith("ln_")) and "q_norm" not in key and "k_norm" not in key
     ]
-    count = {"pre": 2, "post": 2, "sandwich": 4, "parallel": 1}[spec.norm_placement]
+    if spec.norm == "plain_layernorm":
+        assert not norms
+        norms = ["input_layernorm."]
+    count = (
+        0
+        if spec.norm == "plain_layernorm"
+        else {"pre": 2, "post": 2, "sandwich": 4, "parallel": 1}[spec.norm_placement]
+    )
     assert len([key for key in norms if key.endswith("weight")]) == count
     assert any(key.startswith(("input_layernorm", "ln_attn")) for key in norms) is (spec.norm_placement != "post")
     assert any(key.endswith("bias") for key in norms) is spec.norm_bias
@@ -181,6 +205,8 @@ def test_the_modules_are_those_of_transformers(fields: dict[str, Any]) -> None:
         type(m).__name__ for n, m in model.named_modules() if n.endswith(tuple(norms[0].rsplit(".", 1)[:1]))
     )
     kind = "layernorm" if "LayerNorm" in norm_class else "gemma_rmsnorm" if "Gemma" in norm_class else "rmsnorm"
+    kind = {"CohereLayerNorm": "cohere_layernorm", "Cohere2LayerNorm": "cohere_layernorm",
+            "OlmoLayerNorm": "plain_layernorm"}.get(norm_class, kind)  # fmt: skip
     assert kind == spec.norm
     assert ("lm_head.weight" not in shapes) is spec.tie_word_embeddings
     assert ("lm_head.bias" in shapes) is spec.lm_head_bias
@@ -229,7 +255,7 @@ LLAMA = {"model_type": "llama", **GQA}
         ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "mix of dense and expert layers"),
         ({"model_type": "falcon", "alibi": True}, "alibi (Falcon-RW) is not supported"),
         ({"model_type": "stablelm", "qk_layernorm": True}, "qk_layernorm"),
-        ({"model_type": "cohere", "use_qk_norm": True}, "use_qk_norm"),
+        ({"model_type": "phi", "qk_layernorm": True}, "qk_layernorm"),
         ({"model_type": "gemma3", "text_config": 3}, "text_config must be an object"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised already (gptq)"),
     ],
@@ -242,7 +268,7 @@ def test_impossible_fields_are_refused_by_name(changes: dict[str, Any], said: st
     assert "\n" not in message and len(message) < 250 and caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("value", ["gpt2", "phi", "", 7, ["llama"], "x" * 10_000])
+@pytest.mark.parametrize("value", ["gpt2", "nemotron", "", 7, ["llama"], "x" * 10_000])
 def test_an_unknown_architecture_is_never_guessed(value: Any) -> None:
     with pytest.raises(UnknownArchitecture) as caught:
         parse({**LLAMA, "model_type": value})

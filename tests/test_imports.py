@@ -45,7 +45,10 @@ ROOMS = {
         ours=("vramplan.core", "vramplan.errors", "vramplan.report"), third_party=frozenset({"rich"})
     ),
     "launch": Room(ours=("vramplan.core", "vramplan.sources", "vramplan.errors", "vramplan.launch")),
-    "trace": Room(ours=(*WITH_TORCH, "vramplan.trace"), third_party=frozenset(TORCH_STACK)),
+    # trace plays what train does: the fused loss is the trainer's own
+    "trace": Room(
+        ours=(*WITH_TORCH, "vramplan.trace", "vramplan.train.fused_loss"), third_party=frozenset(TORCH_STACK)
+    ),
     "train": Room(ours=(*WITH_TORCH, "vramplan.train"), third_party=frozenset(TORCH_STACK)),
     "cli": Room(
         ours=("vramplan.core", "vramplan.errors", "vramplan.sources", "vramplan.report", "vramplan.launch",

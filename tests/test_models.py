@@ -28,6 +28,7 @@ SAID = {
     "gemma-2-2b": 2.6,
     "granite-3.1-2b": 2.5,
     "phi-3-mini-4k": 3.8,
+    "phi-2": 2.78,
     "phi-4": 14.7,
     "mixtral-8x7b": 46.7,
     "qwen3-30b-a3b": 30.5,
@@ -38,7 +39,7 @@ def test_there_are_enough_models_and_all_families_of_the_list() -> None:
     assert len(NAMES) >= 30
     families = {load_model(name).model_type for name in NAMES}
     assert {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3", "granite",
-            "starcoder2", "falcon", "gpt_neox"} <= families  # fmt: skip
+            "starcoder2", "falcon", "gpt_neox", "phi", "stablelm", "cohere", "olmo", "glm"} <= families  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -68,10 +69,13 @@ def test_parameters_are_about_what_the_name_says(name: str) -> None:
     assert total_parameters(load_model(name)) / 1e9 == pytest.approx(said, rel=0.15)
 
 
-BUILT = "llama-2-7b qwen2.5-7b gemma-2-9b gemma-3-1b phi-3-mini-4k starcoder2-3b falcon-7b pythia-1.4b olmo-2-7b"
+BUILT = "llama-2-7b qwen2.5-7b gemma-2-9b gemma-3-1b phi-3-mini-4k starcoder2-3b falcon-7b pythia-1.4b olmo-2-7b phi-2"
 
 
-@pytest.mark.parametrize("name", [*BUILT.split(), "granite-3.1-2b", "smollm3-3b", "qwen3-0.6b", "mistral-nemo-12b"])
+MORE = ["granite-3.1-2b", "smollm3-3b", "qwen3-0.6b", "mistral-nemo-12b", "stablelm-3b", "olmo-7b", "command-r-35b"]
+
+
+@pytest.mark.parametrize("name", [*BUILT.split(), *MORE, "glm-4-9b"])
 def test_transformers_builds_the_same_number_of_parameters(name: str) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from measured import MIB, TRAINED, case_id, h200, model, rows, step_run, trained
+from measured import MIB, TRAINED, case_id, h200, model, rows, traced_model, trained
+from processes import replays
 
 from vramplan.core.blocks import PLAYED
 from vramplan.core.ledger import NO_CARD, estimate, simulate
@@ -27,7 +28,7 @@ def errors():
 
 @pytest.mark.parametrize("row", STEPS, ids=case_id)
 def test_peak_against_the_card(row, errors):
-    sim = simulate(model(row["model"]), step_run(row), h200())
+    sim = replays()[case_id(row)]
     measured = row["mib"]
     error = sim.allocated_bytes / MIB / measured["peak"] - 1
     errors[case_id(row)] = error
@@ -89,7 +90,7 @@ def test_smallest_cap_is_never_under_the_measured_one(row):
         levers=Levers(upcast="all", loss="full", optimizer="adamw_torch", allocator=kind),
     )
     found = estimate(model("llama-2-7b"), run, h200()).peak.minimum_bytes / MIB
-    assert row["mincap"] <= found <= 1.06 * row["mincap"]
+    assert row["mincap"] <= found <= 1.03 * row["mincap"]
 
 
 # ------------------------------------------------------------------------------------------------------ unrolling
@@ -109,7 +110,7 @@ def test_unrolling_is_the_same_as_playing_every_layer(checkpointing, name):
 
 @pytest.mark.parametrize(
     ("name", "seq", "period"),
-    [("gemma-3-12b", 1024, 6), ("gemma-3-12b", 512, 1), ("smollm3-3b", 512, 4), ("phi-3-mini-4k", 2048, 1)],
+    [("gemma-3-12b", 1024, 6), ("gemma-3-12b", 512, 6), ("smollm3-3b", 512, 4), ("phi-3-mini-4k", 2048, 1)],
 )
 def test_kinds_of_layers_repeat(name, seq, period):
     spec, run = model(name), RunSpec(model=name, seq_len=seq, levers=Levers(checkpointing="every-2", loss="full"))
@@ -146,7 +147,10 @@ def of_family(family: str):
     if family == "gemma":
         plain = {"norm_placement": "pre", "attn_logit_softcapping": None, "final_logit_softcapping": None}
         return replace(model("gemma-2-2b"), model_type="gemma", **plain)
-    return model(next(n for n in NAMES if model(n).model_type == family))
+    if family == "olmoe":
+        return replace(model("qwen3-30b-a3b"), model_type="olmoe", qk_norm="full")
+    name = next((n for n in NAMES if model(n).model_type == family), "")
+    return model(name) if name else traced_model(family)
 
 
 @pytest.mark.parametrize("family", sorted(PLAYED))
@@ -168,7 +172,8 @@ def test_every_tensor_of_a_step_dies_once_except_workspaces(family):
 
 
 NAMES = ("llama-2-7b", "mistral-7b-v0.3", "qwen2.5-0.5b", "qwen3-0.6b", "gemma-2-2b", "gemma-3-1b", "phi-4",
-         "olmo-2-7b", "smollm3-3b", "granite-3.1-2b", "starcoder2-3b", "pythia-1.4b", "llama-3.2-1b")  # fmt: skip
+         "olmo-2-7b", "smollm3-3b", "granite-3.1-2b", "starcoder2-3b", "pythia-1.4b", "llama-3.2-1b",
+         "mixtral-8x7b", "qwen3-30b-a3b")  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------- laws
 runs = st.builds(
@@ -268,5 +273,5 @@ def test_what_has_no_answer_is_refused(change, message):
 
 
 def test_a_block_that_is_not_described_is_refused():
-    with pytest.raises(Unplannable, match="falcon"):
-        estimate(model("falcon-7b"), RunSpec(model="falcon-7b"))
+    with pytest.raises(Unplannable, match="gpt2"):
+        estimate(replace(model("llama-2-7b"), model_type="gpt2"), RunSpec(model="gpt2"))

@@ -269,6 +269,15 @@ TRAIN: Section = (
     _out("--resume", is_flag=True, help="Go on from the last checkpoint in RUN_DIR."),
 )
 
+MEASURE: Section = (
+    _run("--steps", type=Whole(2, 1000), default=3, show_default=True, help="Optimizer steps; the last is reported."),
+    _run("--layers", type=Whole(1, 10_000), help="Only this many of the model's layers, for a quick look."),
+    _run("--driver", type=click.Choice(("trainer", "loop")), default="trainer", show_default=True,
+         help="Who plays the step: transformers' Trainer, or a plain loop under autocast."),
+    _out("-o", "--output", metavar="FILE", default="measurements.jsonl", show_default=True,
+         help="Append the measurement here, as one line."),
+)  # fmt: skip
+
 QUICKSTART: Section = (
     _out("-o", "--output", metavar="DIR", default="./vramplan-quickstart", show_default=True, help="Where to put it."),
 )

@@ -3,259 +3,256 @@
 Rules, one stream and one device:
 
 * Requests are rounded up to 512 bytes. Up to 1 MiB they are served by the small pool, else by the large one.
-* The smallest free block that is large enough is taken, at the lowest address among equals.
+* The smallest free block that is large enough is taken, at the lowest address among equals (`get_free_block`).
 * A new segment is 2 MiB (small pool), 20 MiB (requests below 10 MiB) or the request rounded up to 2 MiB.
-* A large block is split when more than 1 MiB is left. Otherwise the rest stays with the block, and counts as allocated.
+* A block is split when 512 bytes are left (small pool) or more than 1 MiB (large pool, `should_split`). Otherwise the
+  rest stays with the block, and counts as allocated.
 * Neighbours that are free merge.
 * When a new segment does not fit under the cap, wholly free segments are returned and the request is tried once more.
-The small pool is counted, not replayed: its blocks split at 512 bytes, so nothing is lost but the last 2 MiB segment.
+
+`cudaMalloc` gives addresses from high to low: a recorded snapshot of an H200 shows it, and it decides between equals.
+
+A block is one int, `size << BITS | address`, both in units of 512 bytes, so that it mostly stays below 2**60, where
+CPython's integers are quick. So the free list is a sorted list of ints, and what is free is a function of what is
+alive: two states with equal free lists and segments answer every later request the same.
 """
 
 from __future__ import annotations
 
-import copy
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from .units import MIB
 
-GRANULE = 512
+GRANULE = 512  # bytes; every request is rounded up to this, and it is the unit inside the pools
 SMALL_REQUEST, SMALL_SEGMENT = MIB, 2 * MIB
 LARGE_SEGMENT, LARGE_REQUEST, ROUND_LARGE = 20 * MIB, 10 * MIB, 2 * MIB
+BITS = 34  # of an address
+MASK = (1 << BITS) - 1
+_SMALL = SMALL_REQUEST // GRANULE
+LARGE_BLOCK = (_SMALL + 1) << BITS  # blocks of the large pool are at least this
+
+# One operation: (key, units, key is relative). units 0: the tensor of that key dies.
+Op: TypeAlias = tuple[int, int, bool]
+
+
+def units(size: int) -> int:
+    """Bytes as units, rounded up; nothing takes one too."""
+    return -(-size // GRANULE) or 1
+
+
+def block_bytes(block: int) -> int:
+    return (block >> BITS) * GRANULE
 
 
 class OutOfMemory(Exception):
-    """The cap does not hold the request, even after cached segments were returned."""
+    """The cap does not hold the request, even after cached segments were returned; `needed_bytes` would."""
 
-
-class Block:
-    """A piece of a segment of the large pool."""
-
-    __slots__ = ("address", "following", "free", "mapped", "previous", "size")
-
-    def __init__(self, address: int, size: int, mapped: bool = True) -> None:
-        self.address = address
-        self.size = size
-        self.mapped = mapped
-        self.free = True
-        self.previous: Block | None = None
-        self.following: Block | None = None
-
-
-Handle: TypeAlias = "Block | int"  # an int is a request of that size in the small pool
+    def __init__(self, reserved: int, request: int) -> None:
+        super().__init__(f"{request} bytes on top of {reserved} reserved")
+        self.needed_bytes = reserved + request
 
 
 def segment_bytes(size: int) -> int:
-    """What is asked of the driver for a rounded large request that no free block holds."""
+    """What is asked of the driver for a rounded request that no free block holds (`get_allocation_size`)."""
+    if size <= SMALL_REQUEST:
+        return SMALL_SEGMENT
     return LARGE_SEGMENT if size < LARGE_REQUEST else -(-size // ROUND_LARGE) * ROUND_LARGE
 
 
+class Pool:
+    """The small or the large blocks, in segments of `cudaMalloc`. Sizes and addresses are in units."""
+
+    def __init__(self, memory: Native, small: bool) -> None:
+        self.memory = memory
+        self.page = (SMALL_SEGMENT if small else LARGE_SEGMENT) // GRANULE
+        self.least_rest = 1 if small else _SMALL + 1
+        self.blocks: list[int] = []  # free ones, sorted by size, then address
+        self.starts: dict[int, int] = {}  # address of a free block -> its size
+        self.ends: dict[int, int] = {}  # end of a free block -> its address
+        self.segments: dict[int, int] = {}  # address -> size
+        self.unmapped: dict[int, int] = {}  # address -> size; only expandable segments have such
+
+    def clone(self, memory: Native) -> Pool:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.memory = memory
+        twin.blocks = self.blocks.copy()
+        twin.starts, twin.ends = self.starts.copy(), self.ends.copy()
+        twin.segments, twin.unmapped = self.segments.copy(), self.unmapped.copy()
+        return twin
+
+    # ------------------------------------------------------------------------------------------------- growth
+    def least_reach(self, at: int) -> int:
+        raise AssertionError("only expandable segments hold unmapped blocks")
+
+    def grow_or_retry(self, size: int) -> tuple[int, int]:
+        """(address, size) of new memory. Raises OutOfMemory."""
+        memory = self.memory
+        request = segment_bytes(size * GRANULE)
+        if memory.cap_bytes is not None and memory.reserved + request > memory.cap_bytes:
+            memory.retries += 1
+            memory.empty_cache()
+            if memory.reserved + request > memory.cap_bytes:
+                raise OutOfMemory(memory.reserved, request)
+        address, have = self.grow(size, request // GRANULE)
+        if memory.reserved > memory.peak_reserved:
+            memory.peak_reserved = memory.reserved
+        return address, have
+
+    def grow(self, size: int, request: int) -> tuple[int, int]:
+        """(address, size) of new memory, not yet among the free blocks."""
+        lowest = min(self.segments, default=1 << (BITS - 1))
+        address = lowest - request - 1  # the gap keeps segments from merging
+        self.segments[address] = request
+        self.memory.reserved += request * GRANULE
+        return address, request
+
+    def release(self) -> None:
+        """Return every segment that is one free block."""
+        for address, size in list(self.segments.items()):
+            if self.starts.get(address) == size:
+                self.take(address, size)
+                del self.segments[address]
+                self.memory.reserved -= size * GRANULE
+
+    def pinned_bytes(self) -> int:
+        """Bytes of segments that hold something."""
+        return GRANULE * sum(size for address, size in self.segments.items() if self.starts.get(address) != size)
+
+    # ------------------------------------------------------------------------------------------- free blocks
+    def take(self, address: int, size: int) -> None:
+        """Remove a free block."""
+        del self.blocks[bisect_left(self.blocks, size << BITS | address)]
+        del self.starts[address]
+        del self.ends[address + size]
+
+    def put(self, address: int, size: int) -> None:
+        """Add a free block that has no free neighbour."""
+        self.starts[address] = size
+        self.ends[address + size] = address
+        insort(self.blocks, size << BITS | address)
+
+
 class Native:
-    """The default allocator. `cap_bytes` is `set_per_process_memory_fraction`, or the card.
+    """The default allocator. `cap_bytes` is `set_per_process_memory_fraction`, or the card."""
 
-    `malloc` and `free` are written out rather than composed: a step calls them 15,000 times, and that is most of the
-    time of an estimate.
-    """
-
-    least_rest = SMALL_REQUEST + 1
+    pool: type[Pool] = Pool
 
     def __init__(self, cap_bytes: int | None = None) -> None:
         self.cap_bytes = cap_bytes
-        self.allocated = self.peak_allocated = 0
-        self.large_reserved = self.small_reserved = self.peak_reserved = 0
-        self.small = 0
+        self.in_use = self.most_in_use = 0  # units
+        self.reserved = self.peak_reserved = 0
         self.retries = 0
-        self.watch_bytes: int | None = None  # from here on, every new peak notes what it pins
+        self.watch = 1 << BITS  # units: from here on, every new peak notes what it pins
         self.pinned_bytes = 0
-        self._free: list[tuple[int, int, Block]] = []  # (size, address, block) of mapped free blocks, sorted
-        self._heads: dict[int, Block] = {}  # first block of every segment, by address
-        self._next_address = 1 << 40
+        self.small, self.large = self.pool(self, True), self.pool(self, False)
 
     @property
-    def reserved(self) -> int:
-        return self.large_reserved + self.small_reserved
+    def allocated(self) -> int:
+        """`torch.cuda.memory_allocated()`."""
+        return self.in_use * GRANULE
 
-    # ---------------------------------------------------------------------------------------------- interface
-    def malloc(self, size: int) -> Handle:
-        size = -(-size // GRANULE) * GRANULE or GRANULE
-        if size <= SMALL_REQUEST:
-            return self._malloc_small(size)
-        free = self._free
-        at = bisect_left(free, (size,))
-        if at < len(free):
-            block = free[at][2]
-            after = block.following
-            if after is not None and not after.mapped:  # it can grow: one that cannot may be preferred
-                at = self._least_reach(at)
-                block = free[at][2]
-            del free[at]
-        else:
-            block = self._grow_or_retry(size)
-        rest = block.size - size
-        if rest >= self.least_rest:
-            tail = Block(block.address + size, rest)
-            tail.previous = block
-            tail.following = after = block.following
-            if after is not None:
-                after.previous = tail
-            block.following = tail
-            block.size = size
-            insort(free, (rest, tail.address, tail))
-        block.free = False
-        self.allocated += block.size
-        if self.allocated > self.peak_allocated:
-            self._note_peak()
-        return block
+    @property
+    def peak_allocated(self) -> int:
+        return self.most_in_use * GRANULE
 
-    def free(self, block: Handle) -> None:
-        if isinstance(block, int):
-            self.allocated -= block
-            self.small -= block
-            return
-        free = self._free
-        self.allocated -= block.size
-        block.free = True
-        before, after = block.previous, block.following
-        if after is not None and after.free and after.mapped:
-            del free[bisect_left(free, (after.size, after.address))]
-            block.size += after.size
-            block.following = after = after.following
-            if after is not None:
-                after.previous = block
-        if before is not None and before.free and before.mapped:
-            del free[bisect_left(free, (before.size, before.address))]
-            before.size += block.size
-            before.following = after = block.following
-            if after is not None:
-                after.previous = before
-            block = before
-        insort(free, (block.size, block.address, block))
+    # ---------------------------------------------------------------------------------------- births and deaths
+    def malloc(self, size: int) -> int:
+        """A block for `size` bytes. Raises OutOfMemory."""
+        live: dict[int, int] = {}
+        self.run(((0, units(size), False),), 0, live)
+        return live[0]
 
-    def change_small(self, high: int, net: int) -> None:
-        """Many births and deaths in the small pool at once: `high` above now at the most, `net` in the end."""
-        if high > 0:
-            self._malloc_small(high)
-            net -= high
-        self.small += net
-        self.allocated += net
+    def free(self, block: int) -> None:
+        self.run(((0, 0, False),), 0, {0: block})
 
-    def clone(self) -> Native:
-        """An independent copy in the same state; handles of large blocks stay with the original."""
-        twin = copy.copy(self)
-        twin._free, twin._heads = [], {}
-        for address, head in self._heads.items():
-            previous: Block | None = None
-            for block in segment(head):
-                own = copy.copy(block)
-                own.previous = previous
-                if previous is None:
-                    twin._heads[address] = own
+    def run(self, ops: Sequence[Op], shift: int, live: dict[int, int]) -> None:
+        """Many births and deaths; `live` has the blocks by key, relative keys get `shift` added.
+
+        One function for all, because a step has 20,000 of them and calls alone would double the time of an estimate.
+        """
+        small, large = self.small, self.large
+        in_small = small, small.blocks, small.starts, small.ends, small.least_rest, small.unmapped
+        in_large = large, large.blocks, large.starts, large.ends, large.least_rest, large.unmapped
+        now, most, watch = self.in_use, self.most_in_use, self.watch
+        for key, size, relative in ops:
+            if relative:
+                key += shift
+            if size:
+                pool, blocks, starts, ends, least_rest, unmapped = in_large if size > _SMALL else in_small
+                at = bisect_left(blocks, size << BITS)
+                if at < len(blocks):
+                    block = blocks[at]
+                    address, have = block & MASK, block >> BITS
+                    if address + have in unmapped:  # it can grow: one that cannot may be preferred
+                        at = pool.least_reach(at)
+                        block = blocks[at]
+                        address, have = block & MASK, block >> BITS
+                    del blocks[at], starts[address]
                 else:
-                    previous.following = own
-                previous = own
-                if own.free and own.mapped:
-                    twin._free.append((own.size, own.address, own))
-        twin._free.sort()
-        return twin
-
-    def reset_peaks(self) -> None:
-        self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
+                    address, have = pool.grow_or_retry(size)
+                rest = have - size
+                if rest >= least_rest:
+                    tail = address + size
+                    starts[tail] = rest
+                    ends[tail + rest] = tail
+                    insort(blocks, rest << BITS | tail)
+                else:
+                    size = have
+                    ends.pop(address + have, None)
+                live[key] = size << BITS | address
+                now += size
+                if now > most:
+                    most = now
+                    if now >= watch:
+                        self.pinned_bytes = self.pinned_now()
+            else:
+                block = live.pop(key)
+                _, blocks, starts, ends, _, _ = in_large if block >= LARGE_BLOCK else in_small
+                address, size = block & MASK, block >> BITS
+                now -= size
+                end = address + size
+                if end in starts:
+                    after = starts.pop(end)
+                    del blocks[bisect_left(blocks, after << BITS | end)]
+                    size += after
+                if address in ends:
+                    before = ends.pop(address)
+                    length = address - before
+                    del blocks[bisect_left(blocks, length << BITS | before)]
+                    address, size = before, size + length
+                starts[address] = size
+                ends[address + size] = address
+                insort(blocks, size << BITS | address)
+        self.in_use, self.most_in_use = now, most
 
     def empty_cache(self) -> None:
-        """Return every segment that is one free block."""
-        self._trim_small()
-        for _, address, block in list(self._free):
-            if block.previous is None and block.following is None:
-                self._drop(block)
-                del self._heads[address]
-                self.large_reserved -= block.size
+        """`torch.cuda.empty_cache()`."""
+        self.large.release()
+        self.small.release()
 
-    # -------------------------------------------------------------------------------------------- small pool
-    def _malloc_small(self, size: int) -> int:
-        self.small += size
-        self.allocated += size
-        if self.small > self.small_reserved:
-            self._reserve_small(size)
-        if self.allocated > self.peak_allocated:
-            self._note_peak()
-        return size
+    # --------------------------------------------------------------------------------------------------- states
+    def clone(self) -> Native:
+        """An independent copy in the same state; the same blocks are alive in both."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.small, twin.large = self.small.clone(twin), self.large.clone(twin)
+        return twin
 
-    def _reserve_small(self, size: int) -> None:
-        more = -(-(self.small - self.small_reserved) // SMALL_SEGMENT) * SMALL_SEGMENT
-        if not self._fits(more):
-            self.retries += 1
-            self.empty_cache()  # it counts the new request as there, and so reserves for it
-            if not self._fits(0):
-                raise self._out_of_memory(size)
-            more = 0
-        self.small_reserved += more
-        self._note_reserved()
+    def same_cache(self, other: Native) -> bool:
+        """Whether both have the same free blocks and as much reserved, and so go on alike if they are asked alike."""
+        return (
+            self.reserved == other.reserved
+            and self.small.blocks == other.small.blocks
+            and self.large.blocks == other.large.blocks
+        )
 
-    def _trim_small(self) -> None:
-        self.small_reserved = -(-self.small // SMALL_SEGMENT) * SMALL_SEGMENT
+    def reset_peaks(self) -> None:
+        """`torch.cuda.reset_peak_memory_stats()`."""
+        self.most_in_use, self.peak_reserved = self.in_use, self.reserved
 
-    # ------------------------------------------------------------------------------------------------- blocks
-    def _note_peak(self) -> None:
-        self.peak_allocated = self.allocated
-        if self.watch_bytes is not None and self.allocated >= self.watch_bytes:
-            self.pinned_bytes = self._pinned()
-
-    def _put(self, block: Block) -> None:
-        insort(self._free, (block.size, block.address, block))
-
-    def _drop(self, block: Block) -> None:
-        del self._free[bisect_left(self._free, (block.size, block.address))]
-
-    def _least_reach(self, at: int) -> int:
-        raise AssertionError("only expandable segments hold unmapped blocks")
-
-    def _pinned(self) -> int:
-        """Bytes of segments that hold something: what would stay reserved if the cache were emptied now."""
-        total = self.small_reserved
-        for head in self._heads.values():
-            blocks = list(segment(head))
-            if any(not block.free for block in blocks):
-                total += sum(block.size for block in blocks)
-        return total
-
-    # ------------------------------------------------------------------------------------------------- growth
-    def _grow_or_retry(self, size: int) -> Block:
-        block = self._grow(size)
-        if block is None:
-            self.retries += 1
-            self.empty_cache()
-            block = self._grow(size)
-            if block is None:
-                raise self._out_of_memory(size)
-        return block
-
-    def _out_of_memory(self, size: int) -> OutOfMemory:
-        return OutOfMemory(f"{size} bytes asked, {self.reserved} reserved, {self.allocated} allocated")
-
-    def _fits(self, more: int) -> bool:
-        return self.cap_bytes is None or self.reserved + more <= self.cap_bytes
-
-    def _note_reserved(self) -> None:
-        if self.reserved > self.peak_reserved:
-            self.peak_reserved = self.reserved
-
-    def _grow(self, size: int) -> Block | None:
-        fresh = segment_bytes(size)
-        if not self._fits(fresh):
-            return None
-        block = Block(self._next_address, fresh)
-        self._next_address += fresh + (1 << 32)
-        self._heads[block.address] = block
-        self.large_reserved += fresh
-        self._note_reserved()
-        return block
-
-
-def segment(head: Block) -> Iterator[Block]:
-    """The blocks of a segment by address; the one at hand may be split or merged on the way."""
-    at: Block | None = head
-    while at is not None:
-        following = at.following
-        yield at
-        at = following
+    def pinned_now(self) -> int:
+        """What would stay reserved if the cache were emptied now."""
+        return self.small.pinned_bytes() + self.large.pinned_bytes()

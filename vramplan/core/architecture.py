@@ -13,7 +13,8 @@ from .types import Lora, ModelSpec, Unplannable
 
 # Families whose parameters we can list. The blocks that can be played are in core/blocks.py.
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3",
-              "granite", "starcoder2", "stablelm", "cohere", "mixtral", "qwen3_moe")  # fmt: skip
+              "granite", "starcoder2", "stablelm", "cohere", "cohere2", "phi", "olmo", "olmo3", "glm", "glm4",
+              "exaone4", "seed_oss", "ministral", "mixtral", "qwen3_moe", "olmoe")  # fmt: skip
 NEOX_LIKE = ("gpt_neox", "falcon")
 KNOWN = LLAMA_LIKE + NEOX_LIKE
 
@@ -65,11 +66,12 @@ def layer_linears(spec: ModelSpec) -> tuple[Linear, ...]:
         attention = [Linear("self_attn.o_proj", a, h, spec.attention_out_bias)]
         attention.append(Linear("self_attn.qkv_proj", h, a + 2 * k, spec.qkv_bias))
     else:
+        out = "self_attn.dense" if spec.model_type == "phi" else "self_attn.o_proj"
         attention = [
             Linear("self_attn.q_proj", h, a, spec.qkv_bias),
             Linear("self_attn.k_proj", h, k, spec.qkv_bias),
             Linear("self_attn.v_proj", h, k, spec.qkv_bias),
-            Linear("self_attn.o_proj", a, h, spec.attention_out_bias),
+            Linear(out, a, h, spec.attention_out_bias),
         ]
     return (*attention, *_mlp_linears(spec, h, i))
 
@@ -77,6 +79,8 @@ def layer_linears(spec: ModelSpec) -> tuple[Linear, ...]:
 def _mlp_linears(spec: ModelSpec, h: int, i: int) -> tuple[Linear, ...]:
     if spec.num_experts:
         return ()  # the experts are 3-D parameters, the router a bare weight
+    if spec.model_type == "phi":
+        return (Linear("mlp.fc1", h, i, spec.mlp_bias), Linear("mlp.fc2", i, h, spec.mlp_bias))
     if spec.fused_gate_up:
         up: tuple[Linear, ...] = (Linear("mlp.gate_up_proj", h, 2 * i, spec.mlp_bias),)
     elif spec.gated_mlp:
@@ -95,7 +99,9 @@ def layer_vectors(spec: ModelSpec) -> tuple[tuple[str, int], ...]:
         out.append((name + ".weight", h))
         if bias:
             out.append((name + ".bias", h))
-    if spec.qk_norm == "head":
+    if spec.qk_norm == "head" and spec.norm == "cohere_layernorm":  # a weight for every head
+        out += [("self_attn.q_norm.weight", query_width(spec)), ("self_attn.k_norm.weight", key_width(spec))]
+    elif spec.qk_norm == "head":
         out += [("self_attn.q_norm.weight", spec.head_dim), ("self_attn.k_norm.weight", spec.head_dim)]
     elif spec.qk_norm == "full":
         out += [("self_attn.q_norm.weight", query_width(spec)), ("self_attn.k_norm.weight", key_width(spec))]
@@ -108,7 +114,14 @@ def layer_vectors(spec: ModelSpec) -> tuple[tuple[str, int], ...]:
     return tuple(out)
 
 
+def is_expert(name: str) -> bool:
+    """Whether this parameter of `layer_vectors` is a 3-D one that holds all experts."""
+    return name.startswith("mlp.experts.")
+
+
 def _norm_names(spec: ModelSpec) -> tuple[str, ...]:
+    if spec.norm == "plain_layernorm":
+        return ()
     if spec.norm_placement == "sandwich":
         return (
             "input_layernorm",
@@ -125,7 +138,7 @@ def _norm_names(spec: ModelSpec) -> tuple[str, ...]:
 
 def outer_vectors(spec: ModelSpec) -> tuple[tuple[str, int], ...]:
     """(name, elements) of the parameters outside the layers, embedding and output head left out."""
-    out = [("norm.weight", spec.hidden_size)]
+    out = [] if spec.norm == "plain_layernorm" else [("norm.weight", spec.hidden_size)]
     if spec.norm == "layernorm" and spec.norm_bias:
         out.append(("norm.bias", spec.hidden_size))
     if spec.lm_head_bias:
@@ -136,9 +149,22 @@ def outer_vectors(spec: ModelSpec) -> tuple[tuple[str, int], ...]:
 def buffer_elements(spec: ModelSpec) -> tuple[int, ...]:
     """Elements of the float32 buffers: `inv_freq` and `original_inv_freq`, once per kind of layer in Gemma 3."""
     rotary = int(spec.head_dim * spec.partial_rotary_factor) // 2
-    kinds = 2 if spec.model_type == "gemma3_text" else 1
+    kinds = len(rotary_kinds(spec))
     scale = (1,) if spec.model_type in ("gemma", "gemma2", "gemma3_text") else ()  # embed_scale
     return (rotary,) * (2 * kinds) + scale
+
+
+def rotary_kinds(spec: ModelSpec) -> tuple[str, ...]:
+    """The kinds of layers with rotary tables and buffers of their own: Gemma 3 and OLMo 3 have two."""
+    if spec.model_type == "gemma3_text" or (spec.model_type == "olmo3" and len(set(spec.layer_types)) > 1):
+        return ("full_attention", "sliding_attention")
+    return ("",)
+
+
+def rotary_kind(spec: ModelSpec, layer: int) -> str:
+    """Which of them this layer is."""
+    kinds = rotary_kinds(spec)
+    return kinds[0] if len(kinds) == 1 or not spec.layer_types else spec.layer_types[layer % len(spec.layer_types)]
 
 
 def total_parameters(spec: ModelSpec) -> int:

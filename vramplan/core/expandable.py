@@ -1,148 +1,119 @@
 """Replays births and deaths through `expandable_segments:True` of PyTorch's caching allocator.
 
-As `allocator`, but: one growing address range, mapped in pages of 20 MiB; a block is split when at least 512 bytes are
-left; among fitting free blocks the one that can grow to the smallest size is taken; returning unmaps whole free pages.
+As `allocator`, but: a pool is one growing address range, mapped in pages of 2 MiB (small pool) or 20 MiB; a block is
+split when at least 512 bytes are left; among fitting free blocks the one that can grow to the smallest size is taken;
+new pages go to the lowest address that has room (`find_expandable_block`, `map_block`); returning unmaps whole free
+pages. The cap is compared with the native segment's size, as `alloc_block` does, though less may be mapped.
 """
 
 from __future__ import annotations
 
-from .allocator import GRANULE, LARGE_SEGMENT, Block, Native, segment
+from bisect import bisect_right
 
-_RANGE = 1 << 44  # address space of the one segment
+from .allocator import BITS, GRANULE, MASK, Native, Pool
+
+_RANGE = 1 << (BITS - 1)  # address space of a pool, in units: 4 TiB
+
+
+class ExpandablePool(Pool):
+    """One segment, mapped page by page."""
+
+    def __init__(self, memory: Native, small: bool) -> None:
+        super().__init__(memory, small)
+        self.least_rest = 1
+        self.unmapped = {0: _RANGE}
+
+    def least_reach(self, at: int) -> int:
+        """A block that unmapped space follows counts as large as it can grow; another may be preferred."""
+        blocks = self.blocks
+        reach = self._reach(blocks[at])
+        while at + 1 < len(blocks):
+            following = self._reach(blocks[at + 1])
+            if following >= reach:
+                break
+            at, reach = at + 1, following
+        return at
+
+    def _reach(self, block: int) -> int:
+        size = block >> BITS
+        return size + self.unmapped.get((block & MASK) + size, 0)
+
+    def grow(self, size: int, request: int) -> tuple[int, int]:
+        address = at = self._candidate(size)
+        while at - address < size:
+            free = self.starts.get(at, 0)
+            if free:
+                self.take(at, free)
+                at += free
+            else:
+                at += self._map(at, size - (at - address))
+        after = self.starts.get(at, 0)
+        if after:
+            self.take(at, after)
+        return address, at + after - address
+
+    def _candidate(self, size: int) -> int:
+        """The first free stretch, by address, that mapping can make large enough."""
+        for hole in sorted(self.unmapped):
+            begin = at = self.ends.get(hole, hole)
+            while at - begin < size:
+                length = self.starts.get(at) or self.unmapped.get(at)
+                if not length:
+                    break
+                at += length
+            else:
+                return begin
+        raise AssertionError("the address space of a pool has run out")
+
+    def _map(self, address: int, size: int) -> int:
+        """Map pages for up to `size` units at the beginning of an unmapped stretch; returns how much."""
+        length = self.unmapped.pop(address)
+        taken = min(length, -(-size // self.page) * self.page)
+        if taken < length:
+            self.unmapped[address + taken] = length - taken
+        self.memory.reserved += taken * GRANULE
+        return taken
+
+    def release(self) -> None:
+        """Unmap every page that is wholly free."""
+        for block in list(self.blocks):
+            address, size = block & MASK, block >> BITS
+            low, high = self._whole_pages(address, size)
+            if high <= low:
+                continue
+            self.take(address, size)
+            if low > address:
+                self.put(address, low - address)
+            if high < address + size:
+                self.put(high, address + size - high)
+            self.memory.reserved -= (high - low) * GRANULE
+            self._unmap(low, high)
+
+    def _whole_pages(self, address: int, size: int) -> tuple[int, int]:
+        page = self.page
+        return -(-address // page) * page, (address + size) // page * page
+
+    def _unmap(self, low: int, high: int) -> None:
+        high += self.unmapped.pop(high, 0)
+        holes = sorted(self.unmapped)
+        at = bisect_right(holes, low) - 1
+        if at >= 0 and holes[at] + self.unmapped[holes[at]] == low:
+            low = holes[at]
+        self.unmapped[low] = high - low
+
+    def pinned_bytes(self) -> int:
+        """Bytes of pages that hold something."""
+        mapped = _RANGE - sum(self.unmapped.values())
+        for block in self.blocks:
+            low, high = self._whole_pages(block & MASK, block >> BITS)
+            mapped -= max(high - low, 0)
+        return mapped * GRANULE
 
 
 class Expandable(Native):
-    """`expandable_segments:True`: one segment, mapped page by page."""
+    """`expandable_segments:True`: one segment for each pool."""
 
-    least_rest = GRANULE
-
-    def __init__(self, cap_bytes: int | None = None) -> None:
-        super().__init__(cap_bytes)
-        block = Block(1 << 45, _RANGE, mapped=False)
-        self._start = block.address
-        self._heads[block.address] = block
-
-    def _least_reach(self, at: int) -> int:
-        free = self._free
-        while at + 1 < len(free) and _reach(free[at + 1][2]) < _reach(free[at][2]):
-            at += 1
-        return at
-
-    def _pinned(self) -> int:
-        """Bytes of pages that hold something."""
-        pages: set[int] = set()
-        for block in segment(self._heads[self._start]):
-            if block.mapped and not block.free:
-                first = (block.address - self._start) // LARGE_SEGMENT
-                last = (block.address + block.size - 1 - self._start) // LARGE_SEGMENT
-                pages.update(range(first, last + 1))
-        return len(pages) * LARGE_SEGMENT + self.small_reserved
-
-    # ------------------------------------------------------------------------------------------------- growth
-    def _grow(self, size: int) -> Block | None:
-        block = self._candidate(size)
-        if block is None or not self._fits(_missing(block, size)):
-            return None
-        if block.mapped:
-            self._drop(block)
-        else:
-            self._map(block, size)
-        while block.size < size:
-            after = block.following
-            assert after is not None
-            if after.mapped:
-                self._drop(after)
-            else:
-                self._map(after, size - block.size)
-            _merge(block, after)
-        return block
-
-    def _candidate(self, size: int) -> Block | None:
-        """The first free stretch, by address, that mapping can make large enough."""
-        for block in segment(self._heads[self._start]):
-            if block.mapped:
-                continue
-            if block.previous is not None and block.previous.free and block.previous.mapped:
-                block = block.previous
-            reach = 0
-            at: Block | None = block
-            while reach < size and at is not None and at.free:
-                reach += at.size
-                at = at.following
-            if reach >= size:
-                return block
-        return None
-
-    def _map(self, block: Block, size: int) -> None:
-        take = min(block.size, -(-size // LARGE_SEGMENT) * LARGE_SEGMENT)
-        if take < block.size:
-            _split(block, take)
-        block.mapped = True
-        self.large_reserved += take
-        self._note_reserved()
-
-    def empty_cache(self) -> None:
-        """Unmap every page that is wholly free."""
-        self._trim_small()
-        for _, _, block in list(self._free):
-            self._unmap(block)
-
-    def _unmap(self, block: Block) -> None:
-        low = self._start + -(-(block.address - self._start) // LARGE_SEGMENT) * LARGE_SEGMENT
-        high = self._start + (block.address + block.size - self._start) // LARGE_SEGMENT * LARGE_SEGMENT
-        if high <= low:
-            return
-        self._drop(block)
-        if high < block.address + block.size:
-            self._put(_split(block, high - block.address))
-        if low > block.address:
-            rest = _split(block, low - block.address)
-            self._put(block)
-            block = rest
-        block.mapped = False
-        self.large_reserved -= block.size
-        if block.previous is not None and not block.previous.mapped:
-            block = _merge(block.previous, block)
-        if block.following is not None and not block.following.mapped:
-            _merge(block, block.following)
-
-
-def _split(block: Block, size: int) -> Block:
-    """Cut `block` to `size`; returns the rest, mapped or not as the block is."""
-    rest = Block(block.address + size, block.size - size, block.mapped)
-    rest.previous, rest.following = block, block.following
-    if block.following is not None:
-        block.following.previous = rest
-    block.following = rest
-    block.size = size
-    return rest
-
-
-def _merge(block: Block, after: Block) -> Block:
-    """`after` becomes part of its neighbour."""
-    block.size += after.size
-    block.following = after.following
-    if after.following is not None:
-        after.following.previous = block
-    return block
-
-
-def _reach(block: Block) -> int:
-    """How large a free block is with the unmapped stretch behind it."""
-    after = block.following
-    return block.size + (after.size if after is not None and not after.mapped else 0)
-
-
-def _missing(block: Block, size: int) -> int:
-    """Bytes that must be mapped before the stretch that begins with `block` holds `size`."""
-    have = missing = 0
-    at: Block | None = block
-    while have < size and at is not None:
-        take = at.size if at.mapped else min(at.size, -(-(size - have) // LARGE_SEGMENT) * LARGE_SEGMENT)
-        missing += 0 if at.mapped else take
-        have += take
-        at = at.following
-    return missing
+    pool = ExpandablePool
 
 
 def allocator(kind: str, cap_bytes: int | None = None) -> Native:

@@ -11,7 +11,7 @@ from .types import ModelSpec
 def full_loss(tape: Tape, spec: ModelSpec, hidden_states: Tensor, head_dtype: str) -> list[Tensor]:
     """`LlamaForCausalLM.forward` from its hidden states: [loss, logits]; the bf16 logits live as long as the output."""
     weight = tape.constant(spec.vocab_size, spec.hidden_size, head_dtype)
-    logits = linear(tape, hidden_states, weight, "logits")
+    logits = linear(tape, hidden_states, weight, "logits", bias=spec.lm_head_bias)
     if spec.final_logit_softcapping is not None:
         logits = unary(tape, logits, "logits / cap")
         logits = unary(tape, logits, "tanh of the logits", saves="result")

@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 from . import architecture as arch
 from . import resident
-from .allocator import Native, OutOfMemory
+from .allocator import Native, OutOfMemory, units
 from .expandable import allocator
-from .loading import Loader
-from .replay import Played, live_at_peak, play_step, workspaces
+from .loading import Held, Loader
+from .replay import Played, live_at_peak, play_run, workspaces
 from .timeline import play
 from .types import OPTIMIZERS, GpuProfile, Ledger, Line, ModelSpec, Peak, PhasePeak, Resident, RunSpec, Unplannable
-from .units import MIB
+from .units import MIB, human
 from .unroll import Unrolled
 
 # What chip-dependent numbers are for when no card is named: compute capability 8.9 (RTX 40 series, L4, L40S).
@@ -20,9 +20,9 @@ NO_CARD = GpuProfile(
     key="generic", name="a card of compute capability 8.9", total_bytes=0, usable_bytes=0, sm_count=128
 )
 
-# What a run needs at least, found in the replay, and the margin on it: a real card needed up to 0.9 % (expandable) and
-# 2.7 % (native) more (docs/measurements). Native: caps tried, as multiples of the allocated peak.
-CAP_LADDER = (1.01, 1.03, 1.06, 1.10, 1.15, 1.20)
+# What a run needs at least, found in the replay, and the margin on it (docs/memory-model.md). Native: caps are tried
+# one after the other, each at least this much above the one before.
+LADDER = 1.004
 MARGIN = {"expandable": 0.01, "native": 0.03}
 
 NOTABLE_PAGED_BYTES = 256 * MIB
@@ -55,18 +55,26 @@ class Simulation(NamedTuple):
     """One run played through the allocator."""
 
     unrolled: Unrolled
-    resident: Resident
-    load_peak_bytes: int
+    held: Held
     workspace_bytes: int
     optimizer_bytes: int
     paged_bytes: int
     played: Played
-    pinned_bytes: int  # pages in use at the highest point
-    before_step: Native  # the allocator as the steady step finds it
+    pinned_bytes: int  # pages or segments in use at the highest point
+    before_step: Native  # the allocator as the first step finds it
+    states: tuple[int, ...]  # sizes of the optimizer's tensors
 
     @property
     def allocated_bytes(self) -> int:
         return max(self.played.allocated.values())
+
+    @property
+    def resident(self) -> Resident:
+        return self.held.resident
+
+    @property
+    def load_peak_bytes(self) -> int:
+        return self.held.load_peak_bytes
 
 
 def check_run(spec: ModelSpec, run: RunSpec) -> None:
@@ -88,76 +96,59 @@ def check_run(spec: ModelSpec, run: RunSpec) -> None:
         raise Unplannable("streaming of layers cannot be planned yet", "leave resident_layers out")
 
 
-def simulate(spec: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None) -> Simulation:
-    """Load, prepare, wrap, then one steady step (gradients made, optimizer state and workspaces there)."""
+def simulate(
+    spec: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None, loader: Loader | None = None, warm: bool = False
+) -> Simulation:
+    """Load, prepare, wrap, then the first optimizer step and a steady one, in a fresh process.
+
+    `loader` continues a process that holds other things already, `warm` with the workspaces of another run among them.
+    """
     check_run(spec, run)
-    levers = run.levers
     unrolled = play(spec, run, gpu or NO_CARD)
-    memory = allocator(levers.allocator)
-    loader = Loader(memory, spec, run.double_quant, run.random_weights)
-    loader.load()
-    loaded, load_peak = memory.allocated, memory.peak_allocated
-    loader.upcast(levers.upcast)
-    prepared = memory.allocated
-    loader.add_lora(run.lora)
-    with_lora = memory.allocated
-    memory.empty_cache()
-    on_card, paged = resident.optimizer_bytes(spec, run.lora, levers)
-    _allocate_state(memory, spec, run, on_card)
-    held = workspaces(unrolled)
-    for size in held:
-        memory.malloc(size)
-    memory.reset_peaks()
+    if loader is None:
+        loader = Loader(allocator(run.levers.allocator), spec, run.double_quant, run.random_weights)
+    memory = loader.memory
+    held = loader.prepare(run)
     before = memory.clone()
-    memory.watch_bytes = memory.allocated + unrolled.peak_bytes() - MIB
-    played = play_step(unrolled, memory)
-    return Simulation(
-        unrolled,
-        Resident(loaded_bytes=loaded, prepared_bytes=prepared, with_lora_bytes=with_lora),
-        load_peak,
-        sum(held),
-        on_card,
-        paged,
-        played,
-        memory.pinned_bytes,
-        before,
-    )
-
-
-def _allocate_state(memory: Native, spec: ModelSpec, run: RunSpec, on_card: int) -> None:
-    """Two moments per adapter tensor; what is left (scales, code tables, small paged states) in one piece."""
-    shapes = resident.lora_tensors(spec, run.lora) * spec.num_layers
-    each = [resident.state_tensor_bytes(run.levers.optimizer, a * b) for a, b in shapes]
-    for size in each:
-        for _ in range(resident.moments(run.levers.optimizer) if size else 0):
-            memory.malloc(size)
-    rest = on_card - resident.moments(run.levers.optimizer) * sum(each)
-    while rest > 0:
-        memory.malloc(min(rest, MIB))
-        rest -= MIB
+    on_card, paged = resident.optimizer_bytes(spec, run.lora, run.levers)
+    states = resident.state_births(spec, run)
+    at_work = workspaces(unrolled)
+    others = 0 if warm else sum(at_work)
+    memory.watch = units(memory.allocated + sum(states) + others + unrolled.peak_bytes() - MIB)
+    played = play_run(unrolled, memory, states, warm=warm)
+    return Simulation(unrolled, held, sum(at_work), on_card, paged, played, memory.pinned_bytes, before, tuple(states))
 
 
 def minimum_bytes(sim: Simulation, kind: str) -> int:
-    """The smallest allocator cap under which the run survives, with its margin.
+    """The smallest allocator cap under which the steps survive, with its margin.
 
     Expandable segments: the pages that hold something at the highest point; all others can be given back. Native, where
-    the layout itself changes under pressure: the first of a ladder of caps that the replay survives. Never more than
-    what the run reserves when it has room to spare.
+    the layout itself changes under pressure: the first of a ladder of caps, from what is pinned there with room to
+    spare, under which two steps survive, in a fresh process and in one that has its workspaces already, as after an
+    evaluation: where they lie decides what breaks up. Never more than what the run reserves with room to spare.
     """
+    most = sim.played.reserved_bytes
     if kind == "expandable":
-        return min(int(sim.pinned_bytes * (1 + MARGIN[kind])), sim.played.reserved_bytes)
-    for factor in CAP_LADDER:
-        cap = int(sim.allocated_bytes * factor)
-        if cap >= sim.played.reserved_bytes:
-            break
-        memory = sim.before_step.clone()
+        return min(int(sim.pinned_bytes * (1 + MARGIN[kind])), most)
+    starts = [(sim.before_step, False), (_with_workspaces(sim), True)]
+    cap = max(sim.allocated_bytes, sim.pinned_bytes)
+    while cap < most and starts:
+        memory = starts[0][0].clone()
         memory.cap_bytes = cap
         try:
-            play_step(sim.unrolled, memory)
-        except OutOfMemory:
-            continue
-        return min(int(cap * (1 + MARGIN[kind])), sim.played.reserved_bytes)
-    return sim.played.reserved_bytes
+            play_run(sim.unrolled, memory, sim.states, warm=starts[0][1])
+        except OutOfMemory as error:
+            cap = max(error.needed_bytes, int(cap * LADDER))
+        else:
+            del starts[0]
+    return min(int(cap * (1 + MARGIN[kind])), most)
+
+
+def _with_workspaces(sim: Simulation) -> Native:
+    memory = sim.before_step.clone()
+    for size in workspaces(sim.unrolled):
+        memory.malloc(size)
+    return memory
 
 
 def estimate(model: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None) -> Ledger:
@@ -175,10 +166,15 @@ def estimate(model: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None) -> L
         Line(key="overhead.rounding", label="tails of blocks too small to split", bytes=rest,
              formula="allocator replay minus the tensors", group="overhead")
     )  # fmt: skip
-    least = minimum_bytes(sim, run.levers.allocator)
+    kind = run.levers.allocator
+    steps = minimum_bytes(sim, kind)
+    reserved = max(sim.played.reserved_bytes, sim.held.reserved_bytes)
+    least = max(steps, min(int(sim.held.peak_bytes * (1 + MARGIN[kind])), reserved))
     lines += [
-        Line(key="overhead.allocator", label="fragmentation that cannot be avoided", bytes=least - allocated,
+        Line(key="overhead.allocator", label="fragmentation that cannot be avoided", bytes=steps - allocated,
              formula="smallest cap that the replay survives, with a margin", basis="modelled", group="overhead"),
+        Line(key="overhead.loading", label="loading needs more than training", bytes=least - steps,
+             formula="peak of loading and preparing, with a margin", basis="modelled", group="overhead"),
         Line(key="overhead.context", label="CUDA context", bytes=card.context_bytes,
              formula="per process and card", basis=card.context_basis, group="overhead"),
     ]  # fmt: skip
@@ -192,7 +188,7 @@ def estimate(model: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None) -> L
         peak=Peak(
             allocated_bytes=allocated,
             phase=phase,
-            reserved_bytes=sim.played.reserved_bytes,
+            reserved_bytes=reserved,
             minimum_bytes=least,
             device_bytes=least + card.context_bytes,
         ),
@@ -257,14 +253,34 @@ def _formula(tensors: dict[tuple[str, int, int, str], tuple[int, int]]) -> str:
     return " + ".join(parts) + (f" + {more} more" if more else "")
 
 
+def _expert_warnings(model: ModelSpec, run: RunSpec) -> list[str]:
+    """What surprises with a mixture of experts: its weights, prepare_model_for_kbit_training, PEFT's all-linear."""
+    size = resident.weights(model, run.double_quant).experts_bytes
+    out = [f"the experts are 3-D parameters that bitsandbytes does not quantise: {human(size)} stay bf16"]
+    if run.levers.upcast == "all":
+        out = [
+            f"prepare_model_for_kbit_training makes the experts float32: {human(2 * size)} instead of {human(size)}"
+            " (--upcast norms or none avoids it)"
+        ]
+    if run.lora.targets == ("all-linear",):
+        names = ",".join(x.short for x in arch.layer_linears(model))
+        out.append(
+            f"all-linear is {names} here; given all-linear, PEFT 0.21 itself adapts experts and router too, which is"
+            f" not described: give it the names"
+        )
+    return out
+
+
 def _warnings(model: ModelSpec, run: RunSpec, sim: Simulation, gpu: GpuProfile | None) -> tuple[str, ...]:
     out = []
     if not all(x.quantised for x in arch.layer_linears(model)):
         out.append(f"transformers leaves the Linears of {model.model_type} unquantised: the weights stay bf16")
     if model.num_experts:
-        out.append("the experts are 3-D parameters that bitsandbytes does not quantise: they stay bf16")
+        out += _expert_warnings(model, run)
     if sim.load_peak_bytes > sim.allocated_bytes:
         out.append("loading, not training, is the highest point of this run")
+    elif sim.held.peak_bytes > sim.allocated_bytes:
+        out.append("casting to float32 (upcast), not training, is the highest point of this run")
     if gpu is not None and gpu.compute_capability < (8, 0):
         out.append(f"{gpu.name} has no bf16 tensor cores: this plan assumes bf16")
     if sim.paged_bytes > NOTABLE_PAGED_BYTES:

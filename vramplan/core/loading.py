@@ -1,116 +1,209 @@
 """Replays loading, preparing and wrapping through the allocator, tensor by tensor.
 
 The order matters: a block whose rest is too small to split keeps it, so the same tensors can count a few MiB more or
-less. A weight comes to the card in bf16, is quantised there and dropped; with random weights it is drawn and scaled
-first, which takes it twice.
+less. A weight comes to the card in bf16, is quantised there and dropped, before the next one comes: transformers 5.17
+loads without threads when it quantises on the way (core_model_loading.py), in the order of the checkpoint's names.
+Before that, `caching_allocator_warmup` (modeling_utils.py) takes one block of about the model's size and gives it back
+to the cache. Random weights have no checkpoint: they come module by module, drawn and scaled, which takes them twice.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from . import architecture as arch
-from .allocator import Handle, Native
-from .types import Lora, ModelSpec
+from .allocator import Native, Op, units
+from .types import Lora, ModelSpec, Resident, RunSpec
 
 NF4_CODE_BYTES, NESTED_CODE_BYTES = 64, 1024
 
 
+class Held(NamedTuple):
+    """What is on the card before the first step, and how high it was on the way."""
+
+    resident: Resident
+    load_peak_bytes: int  # while loading
+    loaded_reserved_bytes: int  # after it
+    peak_bytes: int  # while loading, preparing and wrapping
+    reserved_bytes: int
+
+
 class Loader:
-    """Holds the resident blocks of one model in `memory`."""
+    """Puts one model on the card and into `memory`.
+
+    The operations of a layer are written down once, by `_tensor` and `_dies`, and run for every layer.
+    """
 
     def __init__(self, memory: Native, spec: ModelSpec, double_quant: bool, drawn: bool = False) -> None:
         self.memory = memory
         self.drawn = drawn  # random weights
         self.spec = spec
         self.double_quant = double_quant
-        self.plain: list[tuple[str, int, Handle]] = []  # unquantised parameters: name, elements, block
+        self.live: dict[int, int] = {}  # the blocks of what is resident
+        self.plain: list[tuple[str, int, int]] = []  # unquantised parameters: name, elements, key in `live`
+        self._ops: list[Op] = []
+        self._named: list[tuple[str, int, int]] = []  # what `_ops` adds to `plain`
+        self._keys = 0
+
+    def prepare(self, run: RunSpec) -> Held:
+        """Load, prepare, wrap, empty the cache: the state in which the first step finds the card."""
+        memory = self.memory
+        memory.reset_peaks()
+        self.load()
+        loaded, load_peak, cached = memory.allocated, memory.peak_allocated, memory.reserved
+        self.upcast(run.levers.upcast)
+        prepared = memory.allocated
+        self.add_lora(run.lora)
+        peak, reserved = memory.peak_allocated, memory.peak_reserved
+        memory.empty_cache()  # Trainer, through accelerate's `free_memory`
+        found = Resident(loaded_bytes=loaded, prepared_bytes=prepared, with_lora_bytes=memory.allocated)
+        return Held(found, load_peak, cached, peak, reserved)
 
     def load(self) -> None:
         """Everything that `memory_allocated()` shows after the 4-bit load."""
         if self.drawn:
-            self._linears()
-            self._rest(embedding_first=True)
-        else:  # from_pretrained takes the tensors of a checkpoint in the order of their names
+            self._embedding()
+            self._layers(arch.layer_linears(self.spec), arch.layer_vectors(self.spec))
+            self._outer()
             self._head()
-            self._parameter("embed", self.spec.vocab_size * self.spec.hidden_size, matrix=True)
-            self._linears()
-            self._rest(embedding_first=False)
-        self.memory.empty_cache()
+            self.memory.empty_cache()
+        else:
+            self.memory.free(self.memory.malloc(self.warmup_bytes()))
+            self._head()
+            self._embedding()
+            self._layers_by_name()
+            self._outer()
 
-    def _linears(self) -> None:
-        """Every 4-bit Linear, layer by layer."""
-        linears = [x for x in arch.layer_linears(self.spec) if x.quantised]
-        if not self.drawn:
-            linears.sort(key=lambda x: x.name)
-        for _ in range(self.spec.num_layers):
-            for x in linears:
-                self._quantise(x.in_features * x.out_features)
+    def unload(self) -> None:
+        """The model and its adapter are gone; what they lay in stays cached."""
+        self.memory.run([(key, 0, False) for key in self.live], 0, self.live)
+        self.plain = []
 
-    def _rest(self, embedding_first: bool) -> None:
-        """Everything that stays bf16, and the buffers."""
+    def warmup_bytes(self) -> int:
+        """`get_total_byte_count`: half a byte for each weight to be quantised, two for everything else."""
         spec = self.spec
-        if embedding_first:
-            self._parameter("embed", spec.vocab_size * spec.hidden_size, matrix=True)
-        for _ in range(spec.num_layers):
-            for linear in arch.layer_linears(spec):
-                if not linear.quantised:
-                    self._parameter(linear.name, linear.in_features * linear.out_features, matrix=True)
-            for name, elements in arch.layer_vectors(spec):
-                self._parameter(name, elements)
-        for name, elements in arch.outer_vectors(spec):
+        linears = arch.layer_linears(spec)
+        halves = sum(x.in_features * x.out_features * (1 if x.quantised else 4) for x in linears)
+        halves += 4 * sum(elements for _, elements in arch.layer_vectors(spec))
+        halves *= spec.num_layers
+        halves += 4 * sum(elements for _, elements in arch.outer_vectors(spec))
+        halves += 4 * spec.vocab_size * spec.hidden_size * (1 if spec.tie_word_embeddings else 2)
+        return halves // 2
+
+    # -------------------------------------------------------------------------------------- writing and running
+    def _tensor(self, size: int) -> int:
+        self._keys += 1
+        self._ops.append((self._keys, units(size), True))
+        return self._keys
+
+    def _dies(self, key: int) -> None:
+        self._ops.append((key, 0, True))
+
+    def _run(self, times: int = 1) -> None:
+        """Carry out what was written down, once for every layer."""
+        stride = self._keys
+        for layer in range(times):
+            shift = layer * stride
+            self.memory.run(self._ops, shift, self.live)
+            self.plain += [(name, elements, key + shift) for name, elements, key in self._named]
+        self._keys *= times + 1  # above every key in use
+        self._ops, self._named = [], []
+
+    # ------------------------------------------------------------------------------------------------ loading
+    def _layers(self, linears: tuple[arch.Linear, ...], vectors: tuple[tuple[str, int], ...]) -> None:
+        for x in linears:
+            self._linear(x)
+        for name, elements in vectors:
+            self._vector(name, elements)
+        self._run(self.spec.num_layers)
+
+    def _layers_by_name(self) -> None:
+        """As a checkpoint's sorted names have them (`dot_natural_key`)."""
+        linears = {x.name: x for x in arch.layer_linears(self.spec)}
+        vectors = dict(arch.layer_vectors(self.spec))
+        for name in sorted([*linears, *vectors], key=lambda name: name.split(".")):
+            if name in linears:
+                self._linear(linears[name])
+            else:
+                self._vector(name, vectors[name])
+        self._run(self.spec.num_layers)
+
+    def _linear(self, linear: arch.Linear) -> None:
+        elements = linear.in_features * linear.out_features
+        if linear.quantised:
+            self._quantise(elements)
+        else:
+            self._parameter(linear.name, elements, matrix=True)
+
+    def _vector(self, name: str, elements: int) -> None:
+        self._parameter(name, elements, matrix=arch.is_expert(name), merged=arch.is_expert(name))
+
+    def _outer(self) -> None:
+        """Final norm and buffers."""
+        for name, elements in arch.outer_vectors(self.spec):
             self._parameter(name, elements)
-        for elements in arch.buffer_elements(spec):
-            self.memory.malloc(4 * elements)
-        if embedding_first:
-            self._head()
+        for elements in arch.buffer_elements(self.spec):
+            self._tensor(4 * elements)
+        self._run()
+
+    def _embedding(self) -> None:
+        self._parameter("embed", self.spec.vocab_size * self.spec.hidden_size, matrix=True)
+        self._run()
 
     def _head(self) -> None:
         if not self.spec.tie_word_embeddings:
             self._parameter("lm_head", self.spec.vocab_size * self.spec.hidden_size, matrix=True)
+            self._run()
 
     def _quantise(self, elements: int) -> None:
         """bitsandbytes `quantize_4bit` on the card: scales before the packed weight, then the scales of the scales."""
-        malloc, free = self.memory.malloc, self.memory.free
         weight = self._arrive(elements)
         blocks = -(-elements // 64)
-        absmax = malloc(4 * blocks)
-        malloc(-(-elements // 2))
-        malloc(NF4_CODE_BYTES)
+        absmax = self._tensor(4 * blocks)
+        for size in (-(-elements // 2), NF4_CODE_BYTES):
+            self._tensor(size)
         if self.double_quant:
-            malloc(4)  # offset
-            shifted = malloc(4 * blocks)
-            malloc(NESTED_CODE_BYTES)
-            malloc(4 * -(-blocks // 256))
-            malloc(blocks)
-            free(shifted)
-            free(absmax)
-        free(weight)
+            self._tensor(4)  # offset
+            shifted = self._tensor(4 * blocks)
+            for size in (NESTED_CODE_BYTES, 4 * -(-blocks // 256), blocks):
+                self._tensor(size)
+            self._dies(shifted)
+            self._dies(absmax)
+        self._dies(weight)
 
-    def _parameter(self, name: str, elements: int, matrix: bool = False) -> None:
-        block = self._arrive(elements) if matrix else self.memory.malloc(2 * elements)
-        self.plain.append((name, elements, block))
+    def _parameter(self, name: str, elements: int, matrix: bool = False, merged: bool = False) -> None:
+        """`merged`: a checkpoint's experts come one by one and are stacked (`MergeModulelist`): twice the bytes."""
+        key = self._arrive(elements, merged) if matrix else self._tensor(2 * elements)
+        self._named.append((name, elements, key))
 
-    def _arrive(self, elements: int) -> Handle:
+    def _arrive(self, elements: int, merged: bool = False) -> int:
         """A bf16 matrix on the card."""
-        if not self.drawn:
-            return self.memory.malloc(2 * elements)
-        first = self.memory.malloc(2 * elements)
-        scaled = self.memory.malloc(2 * elements)
-        self.memory.free(first)
+        if not self.drawn and not merged:
+            return self._tensor(2 * elements)
+        first = self._tensor(2 * elements)
+        scaled = self._tensor(2 * elements)
+        self._dies(first)
         return scaled
 
+    # ---------------------------------------------------------------------------------- preparing and wrapping
     def upcast(self, which: str) -> None:
-        """`prepare_model_for_kbit_training` ("all"), or the norms alone: cast one by one, the old tensor dies after."""
-        for i, (name, elements, block) in enumerate(self.plain):
+        """`prepare_model_for_kbit_training` ("all"), or the norms alone: cast one by one, the old tensor dies after.
+
+        peft 0.21 empties the cache after its casts.
+        """
+        live = self.live
+        for name, elements, key in self.plain:
             if which == "all" or (which == "norms" and "norm" in name):
-                wide = self.memory.malloc(4 * elements)
-                self.memory.free(block)
-                self.plain[i] = (name, elements, wide)
+                narrow = live.pop(key)
+                self.memory.run(((key, units(4 * elements), False),), 0, live)
+                self.memory.free(narrow)
+        if which == "all":
+            self.memory.empty_cache()
 
     def add_lora(self, lora: Lora) -> None:
         """`get_peft_model`: A then B of every adapted Linear."""
         size = 4 if lora.dtype == "float32" else 2
-        linears = arch.lora_linears(self.spec, lora)
-        for _ in range(self.spec.num_layers):
-            for x in linears:
-                self.memory.malloc(size * lora.r * x.in_features)
-                self.memory.malloc(size * lora.r * x.out_features)
+        for x in arch.lora_linears(self.spec, lora):
+            self._tensor(size * lora.r * x.in_features)
+            self._tensor(size * lora.r * x.out_features)
+        self._run(self.spec.num_layers)

@@ -6,6 +6,7 @@ window is longer than the sequence. Else it makes one bool mask for all layers o
 
 from __future__ import annotations
 
+from .architecture import rotary_kind
 from .types import ModelSpec, RunSpec
 
 
@@ -15,6 +16,17 @@ def padded(run: RunSpec) -> bool:
     return run.padding and run.levers.loss == "full"
 
 
+def mask_batch(run: RunSpec) -> int:
+    """How many sequences a bool mask is made for: all if the model is given an `attention_mask`, else 1, expanded."""
+    given = run.driver == "trainer" and run.levers.loss == "full"
+    return run.micro_batch_size if given or padded(run) else 1
+
+
+def always_masked(spec: ModelSpec, run: RunSpec) -> bool:
+    """Whether sdpa gets a mask even where `is_causal` would do: Falcon asks for it, to add alibi to it."""
+    return spec.model_type == "falcon" and run.levers.attention == "sdpa"
+
+
 def is_local(spec: ModelSpec, run: RunSpec, layer: int) -> bool:
     """Whether this layer's window is not longer than the sequence."""
     if spec.sliding_window is None or run.seq_len < spec.sliding_window:
@@ -22,10 +34,18 @@ def is_local(spec: ModelSpec, run: RunSpec, layer: int) -> bool:
     return not spec.layer_types or spec.layer_types[layer % len(spec.layer_types)] == "sliding_attention"
 
 
+def mask_kind(spec: ModelSpec, run: RunSpec, layer: int) -> bool:
+    """Which of two masks a layer takes: eager attention makes one for each kind of layer, however long the window."""
+    if run.levers.attention == "eager" and spec.layer_types:
+        return spec.layer_types[layer % len(spec.layer_types)] == "sliding_attention"
+    return is_local(spec, run, layer)
+
+
 def pattern_period(spec: ModelSpec, run: RunSpec) -> int:
     """After how many layers their kinds repeat: 1 where all are alike, 6 for Gemma 3's five local and one global."""
+    rope = spec.rope_layers or (1,)
     kinds = [
-        (is_local(spec, run, i), not spec.rope_layers or bool(spec.rope_layers[i % len(spec.rope_layers)]))
+        (mask_kind(spec, run, i), is_local(spec, run, i), bool(rope[i % len(rope)]), rotary_kind(spec, i))
         for i in range(spec.num_layers)
     ]
     return next(p for p in range(1, len(kinds) + 1) if kinds[p:] == kinds[:-p] or p == len(kinds))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .tape import Node, Tape, Tensor
+from .types import Unplannable
 
 Grads = Sequence[Tensor | None]
 BF16, FP32 = "bfloat16", "float32"
@@ -67,24 +68,44 @@ def unary(tape: Tape, x: Tensor, name: str, *, saves: str = "none", columns: int
     return out
 
 
-def square(tape: Tape, x: Tensor) -> Tensor:
-    """`x.pow(2)`; backward is `grad * (2 * x.pow(1))`, three full tensors at once."""
+def square(tape: Tape, x: Tensor, name: str = "square") -> Tensor:
+    """`x.pow(2)`, or of another number; backward is `grad * (2 * x.pow(1))`, three full tensors at once."""
     node = None
     if x.node is not None:
         rows, columns = x.rows, x.columns
 
         def backward(g: Grads, n: Node) -> Grads:
             held = n.take(0)
-            power = tape.new("x.pow(1)", rows, columns, FP32)
-            twice = tape.new("2 * x", rows, columns, FP32)
-            grad = tape.new("gradient of square", rows, columns, FP32)
+            power = tape.new("x to the exponent - 1", rows, columns, FP32)
+            twice = tape.new("exponent * that", rows, columns, FP32)
+            grad = tape.new("gradient of " + name, rows, columns, FP32)
             del power, twice, held
             return (grad,)
 
         node = Node(tape, (x,), backward, (x,))
-    out = tape.new("square", x.rows, x.columns, x.dtype)
+    out = tape.new(name, x.rows, x.columns, x.dtype)
     out.node = node
     return out
+
+
+def activation(tape: Tape, x: Tensor, kind: str, name: str = "activation") -> Tensor:
+    """`ACT2FN[kind](x)`: one kernel that saves its input, or what transformers' activations.py writes out.
+
+    Raises Unplannable for those written out there and not here.
+    """
+    if kind in ("silu", "gelu", "gelu_tanh"):
+        return unary(tape, x, name, saves="input")
+    if kind == "relu":
+        return unary(tape, x, name, saves="result")
+    if kind != "gelu_new":
+        raise Unplannable(f"the activation {kind!r} is not described yet", "known: silu, gelu, gelu_new, relu")
+    half = unary(tape, x, "0.5 * x")
+    inner = unary(tape, square(tape, cast(tape, x, FP32, "x in fp32"), "x^3"), "0.044715 * x^3")
+    inner = add(tape, x, inner)
+    inner = unary(tape, inner, "sqrt(2/pi) * sum")
+    inner = unary(tape, inner, "tanh", saves="result")
+    inner = unary(tape, inner, "1 + tanh")
+    return mul(tape, half, inner, name)
 
 
 def mean_last(tape: Tape, x: Tensor) -> Tensor:
@@ -100,6 +121,41 @@ def add(tape: Tape, a: Tensor, b: Tensor, name: str = "sum") -> Tensor:
     out = tape.new(name, a.rows, a.columns, wider(a.dtype, b.dtype))
     out.node = node
     return out
+
+
+def add_(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
+    """`a += b`: the sum takes the place of a, in a's dtype."""
+    if a.node is None and b.node is None:
+        return a
+    node = Node(tape, (a, b), lambda g, n: (_first(g).detach(), _first(g).detach()))
+    return Tensor(a.storage, a.rows, a.columns, a.dtype, node)
+
+
+def scale_(tape: Tape, x: Tensor, name: str) -> Tensor:
+    """`x /= number`: in place; the gradient is a tensor of its own."""
+    if x.node is None:
+        return x
+    rows, columns = x.rows, x.columns
+    node = Node(tape, (x,), lambda g, n: (tape.new(f"gradient of {name}", rows, columns, _first(g).dtype),))
+    return Tensor(x.storage, rows, columns, x.dtype, node)
+
+
+def clamp_(tape: Tape, x: Tensor, name: str) -> Tensor:
+    """`x.clamp_(min, max)`: autograd keeps a clone of x; the backward makes two masks and the gradient."""
+    if x.node is None:
+        return x
+    rows, columns = x.rows, x.columns
+
+    def backward(g: Grads, n: Node) -> Grads:
+        held = n.take(0)
+        masks = [tape.new(f"{name} inside", rows, columns, "bool") for _ in range(2)]
+        del masks[1]
+        grad = tape.new(f"gradient of {name} clamped", rows, columns, _first(g).dtype)
+        del held, masks
+        return (grad,)
+
+    node = Node(tape, (x,), backward, (tape.new(f"{name} before clamp", rows, columns, x.dtype),))
+    return Tensor(x.storage, rows, columns, x.dtype, node)
 
 
 def mul(tape: Tape, a: Tensor, b: Tensor, name: str = "product") -> Tensor:
@@ -139,8 +195,8 @@ def dropout(tape: Tape, x: Tensor, p: float) -> Tensor:
             return (grad,)
 
         node = Node(tape, (x,), backward)
+    mask = tape.new("dropout mask", x.rows, x.columns, "bool")  # the mask first: native/cuda/Dropout.cu
     out = tape.new("dropout", x.rows, x.columns, x.dtype)
-    mask = tape.new("dropout mask", x.rows, x.columns, "bool")
     if node is not None:
         node.save(tape, mask)
         out.node = node
@@ -148,7 +204,7 @@ def dropout(tape: Tape, x: Tensor, p: float) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------------- linear
-def linear(tape: Tape, x: Tensor, weight: Tensor, name: str) -> Tensor:
+def linear(tape: Tape, x: Tensor, weight: Tensor, name: str, bias: bool = False) -> Tensor:
     """`F.linear` under bf16 autocast with a weight [out, in] that is frozen (no node) or trainable.
 
     A float32 input or weight is copied to bf16 first; autocast keeps the copies of trainable weights until it ends.
@@ -164,17 +220,21 @@ def linear(tape: Tape, x: Tensor, weight: Tensor, name: str) -> Tensor:
         def backward(g: Grads, n: Node) -> Grads:
             held = [n.take(i) for i in range(count)]
             out: list[Tensor | None] = [None, None]
-            if n.needs(0):
-                out[0] = tape.new(f"gradient of {name} input", rows, n_in, BF16)
-            tape.product()
-            if n.needs(1):
+            if n.needs(1):  # MmBackward0 computes mat2's gradient first
                 out[1] = tape.new(f"gradient of {name} weight", n_out, n_in, BF16)
+                tape.product()
+            if n.needs(0):
+                # the product is [tokens, in], and its view [batch, seq, in] goes on
+                out[0] = tape.new(f"gradient of {name} input", rows, n_in, BF16).view_of_base()
+                tape.product()
             del held
             return out
 
         node = Node(tape, (x, w), backward, saved)
+    vector = tape.new(name + " bias in bf16", 1, w.rows, BF16) if bias and weight.dtype != BF16 else None
     out = tape.new(name, x.rows, w.rows, BF16)
-    tape.product()
+    tape.product(bias)
+    del vector
     out.node = node
     return out
 
@@ -199,10 +259,9 @@ def dequantised(tape: Tape, n_out: int, n_in: int, double_quant: bool, name: str
     held = []
     if double_quant:
         blocks = -(-n_out * n_in // 64)
-        absmax = tape.new(name + " absmax in fp32", 1, blocks, FP32, key)
-        if forward:  # the fallback of gemm_4bit adds the offset out of place, dequantize_4bit in place
-            absmax = tape.new(name + " absmax in fp32", 1, blocks, FP32, key)
-        held.append(absmax)
+        held.append(tape.new(name + " absmax in fp32", 1, blocks, FP32, key))
+        if forward:  # the fallback of gemm_4bit adds the offset out of place and keeps both, dequantize_4bit in place
+            held.append(tape.new(name + " absmax in fp32", 1, blocks, FP32, key))
     held.append(tape.new(name + " dequantised", n_out, n_in, BF16, key))
     return held
 
@@ -260,6 +319,32 @@ def lora_linear4bit(
     return add(tape, result, output, name)
 
 
+def lora_linear(
+    tape: Tape,
+    x: Tensor,
+    weight: Tensor,
+    lora: tuple[Tensor, Tensor] | None,
+    *,
+    name: str,
+    p: float,
+    bias: bool = False,
+) -> Tensor:
+    """peft `lora.Linear.forward` around Falcon's `FalconLinear`, which is not quantised.
+
+    The base is `input @ weight.T` and a separate addition of the bias (modeling_falcon.py); there is no clone. PEFT
+    casts x to the adapter's float32 also under autocast, which casts it back.
+    """
+    result = linear(tape, x, weight, name)
+    if bias:
+        result = add(tape, result, tape.constant(1, weight.rows, weight.dtype), name + " with bias")
+    if lora is None:
+        return result
+    result_dtype = result.dtype
+    x = cast(tape, x, lora[0].dtype, name + " input in the adapter's dtype")
+    result = add(tape, result, lora_output(tape, x, lora, name, p), name)
+    return cast(tape, result, result_dtype, name)
+
+
 def lora_output(tape: Tape, x: Tensor, lora: tuple[Tensor, Tensor], name: str, p: float) -> Tensor:
     """`lora_B(lora_A(dropout(x))) * scaling`."""
     down = name + " lora_A"
@@ -306,8 +391,46 @@ def _gemma_norm(tape: Tape, x: Tensor) -> Tensor:
     return mul(tape, x, unary(tape, variance, "rsqrt", saves="result"), "normed")
 
 
+def cohere_norm(tape: Tape, hidden_states: Tensor, weight: str) -> Tensor:
+    """`CohereLayerNorm.forward`: a layer norm without bias written out in float32 and cast back."""
+    input_dtype, columns = hidden_states.dtype, hidden_states.columns
+    hidden_states = cast(tape, hidden_states, FP32, "norm input in fp32")
+    mean = mean_last(tape, hidden_states)
+    variance = mean_last(tape, square(tape, subtract(tape, hidden_states, mean, "centred")))
+    hidden_states = mul(
+        tape,
+        subtract(tape, hidden_states, mean, "centred"),
+        unary(tape, unary(tape, variance, "variance + eps"), "rsqrt", saves="result"),
+        "normed",
+    )
+    scale = tape.constant(1, columns, FP32)
+    if weight == BF16:
+        scale = tape.new("norm weight in fp32", 1, columns, FP32)
+    hidden_states = mul(tape, hidden_states, scale, "norm in fp32")
+    return cast(tape, hidden_states, input_dtype, "norm")
+
+
+def subtract(tape: Tape, a: Tensor, b: Tensor, name: str) -> Tensor:
+    """`a - b` with b [rows, 1]: its gradient is negated in full before it is summed."""
+    node = None
+    if a.node is not None or b.node is not None:
+
+        def backward(g: Grads, n: Node) -> Grads:
+            grad = _first(g)
+            negative = tape.new(f"- gradient of {name}", grad.rows, grad.columns, grad.dtype)
+            return grad.detach(), negative
+
+        node = Node(tape, (a, b), backward)
+    out = tape.new(name, a.rows, a.columns, a.dtype)
+    out.node = node
+    return out
+
+
 def layernorm(tape: Tape, x: Tensor, weight: str) -> Tensor:
-    """`F.layer_norm` under autocast: float32 in and out on CUDA; saves its float32 input, mean and 1/std."""
+    """`F.layer_norm` under autocast: float32 in and out on CUDA; saves its float32 input, mean and 1/std.
+
+    `weight` is the dtype of weight and bias; "" if there is neither (OLMo).
+    """
     x = cast(tape, x, FP32, "norm input in fp32")
     node = None
     if x.node is not None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from . import architecture as arch
 from .tape import GRANULE
-from .types import Levers, Line, Lora, ModelSpec
+from .types import Levers, Line, Lora, ModelSpec, RunSpec
 from .units import round_up
 
 BLOCK, NESTED_BLOCK = 64, 256
@@ -45,10 +45,12 @@ class Weights(NamedTuple):
     embeddings_bytes: int
     lm_head_bytes: int
     other_bytes: int
+    experts_bytes: int = 0  # the 3-D parameters of a mixture of experts
+    plain_bytes: int = 0  # Linears that are not quantised
 
     @property
     def total_bytes(self) -> int:
-        return self.nf4_bytes + self.constants_bytes + self.embeddings_bytes + self.lm_head_bytes + self.other_bytes
+        return sum(self)
 
 
 def weights(spec: ModelSpec, double_quant: bool, upcast: str = "none") -> Weights:
@@ -62,7 +64,8 @@ def weights(spec: ModelSpec, double_quant: bool, upcast: str = "none") -> Weight
     def size(name: str) -> int:
         return 4 if upcast == "norms" and "norm" in name else wide
 
-    per_layer = sum(rounded(size(name) * n) for name, n in vectors) + sum(rounded(wide * n) for n in plain)
+    experts = sum(rounded(wide * n) for name, n in vectors if arch.is_expert(name))
+    others = sum(rounded(size(name) * n) for name, n in vectors if not arch.is_expert(name))
     outer = sum(rounded(size(name) * n) for name, n in arch.outer_vectors(spec))
     buffers = sum(rounded(4 * n) for n in arch.buffer_elements(spec))
     embedding = rounded(wide * spec.vocab_size * spec.hidden_size)
@@ -72,7 +75,9 @@ def weights(spec: ModelSpec, double_quant: bool, upcast: str = "none") -> Weight
         constants_bytes=layers * sum(constants_bytes(n, double_quant) for n in quantised),
         embeddings_bytes=embedding,
         lm_head_bytes=0 if spec.tie_word_embeddings else embedding,
-        other_bytes=layers * per_layer + outer + buffers,
+        other_bytes=layers * others + outer + buffers,
+        experts_bytes=layers * experts,
+        plain_bytes=layers * sum(rounded(wide * n) for n in plain),
     )
 
 
@@ -135,6 +140,22 @@ def state_tensor_bytes(optimizer: str, elements: int) -> int:
     return _moment_bytes(optimizer, elements)
 
 
+def state_births(spec: ModelSpec, run: RunSpec) -> list[int]:
+    """Bytes on the card of every tensor of the optimizer's state, in the order of their birth in the first step."""
+    name = run.levers.optimizer
+    out = [rounded(1024)] * moments(name) if name.endswith("_8bit") else []
+    for rows, columns in lora_tensors(spec, run.lora) * spec.num_layers:
+        n = rows * columns
+        if name == "adafactor":
+            out += [rounded(4 * rows), rounded(4 * columns)]
+        elif name == "adamw_torch_fused":
+            out.append(rounded(4))
+        moment, scales = state_tensor_bytes(name, n), _absmax(name, n)
+        out += [moment] * moments(name) if moment else []
+        out += [scales // moments(name)] * moments(name) if scales else []
+    return out
+
+
 def _moment_bytes(name: str, elements: int) -> int:
     return rounded((1 if name.endswith("_8bit") and elements >= MIN_8BIT else 4) * elements)
 
@@ -161,11 +182,15 @@ def weight_lines(spec: ModelSpec, double_quant: bool, upcast: str) -> list[Line]
     table = f"{spec.vocab_size} x {spec.hidden_size} x {wide}"
     per = "1/64 + 4/16384" if double_quant else "4/64"
     head = "tied" if spec.tie_word_embeddings else "untied"
+    experts = sum(n for name, n in arch.layer_vectors(spec) if arch.is_expert(name)) * spec.num_layers
+    plain = sum(x.in_features * x.out_features for x in arch.layer_linears(spec) if not x.quantised) * spec.num_layers
     rows = [
         ("weights.nf4", "4-bit weights (NF4)", w.nf4_bytes, f"{params:,} parameters / 2"),
         ("weights.constants", "quantisation constants", w.constants_bytes, f"{params:,} x ({per}) + code tables"),
         ("weights.embeddings", f"input embedding, {head}", w.embeddings_bytes, table),
         ("weights.lm_head", "output head", w.lm_head_bytes, table),
+        ("weights.plain", "Linears, not quantised", w.plain_bytes, f"{plain:,} x {wide}"),
+        ("weights.experts", "experts, not quantised", w.experts_bytes, f"{experts:,} x {wide}"),
         ("weights.other", "norms, biases, buffers", w.other_bytes, "each tensor rounded up to 512 bytes"),
     ]
     return [Line(key=k, label=t, bytes=b, formula=f, group="weights") for k, t, b, f in rows if b]

@@ -21,6 +21,9 @@ def step_flops(model: ModelSpec, run: RunSpec) -> int:
     """Floating-point operations of one micro-step: forward, recomputation, gradients of the inputs."""
     tokens = run.micro_batch_size * run.seq_len
     weights = sum(x.in_features * x.out_features for x in arch.layer_linears(model))
+    if model.num_experts:  # only the chosen experts of a token are multiplied
+        inner = model.moe_intermediate_size or model.intermediate_size
+        weights += model.hidden_size * (3 * inner * model.num_experts_per_token + model.num_experts)
     causal = 2 * run.seq_len * arch.query_width(model)  # two products, half of the square
     layers = model.num_layers
     again = 0

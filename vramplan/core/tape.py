@@ -64,14 +64,18 @@ class Storage:
 
 
 class Tensor:
-    """A tensor of `rows` x `columns` elements. `node` made it; None for constants, a leaf's node accumulates."""
+    """A tensor of `rows` x `columns` elements. `node` made it; None for constants, a leaf's node accumulates.
 
-    __slots__ = ("__weakref__", "columns", "dtype", "node", "output", "rows", "storage")
+    `base` is the tensor that a view of torch's keeps alive, and by which it does not own its storage alone.
+    """
+
+    __slots__ = ("__weakref__", "base", "columns", "dtype", "node", "output", "rows", "storage")
 
     def __init__(
         self, storage: Storage | None, rows: int, columns: int, dtype: str, node: Node | None = None, output: int = 0
     ) -> None:
         self.storage = storage  # None: resident, counted elsewhere
+        self.base: Tensor | None = None
         self.rows = rows
         self.columns = columns
         self.dtype = dtype
@@ -81,6 +85,12 @@ class Tensor:
     def view(self, rows: int, columns: int) -> Tensor:
         """The same storage in another shape; the view node saves nothing and is left out."""
         return Tensor(self.storage, rows, columns, self.dtype, self.node, self.output)
+
+    def view_of_base(self) -> Tensor:
+        """`self.view(...)` outside the graph, which refers to `self`."""
+        view = Tensor(self.storage, self.rows, self.columns, self.dtype)
+        view.base = self
+        return view
 
     def detach(self) -> Tensor:
         return Tensor(self.storage, self.rows, self.columns, self.dtype)
@@ -133,6 +143,10 @@ class Node:
         """Saved tensor number `index`, unpacked (which may recompute a checkpointed layer)."""
         assert self.saved is not None
         return self.saved[index].get()
+
+    def take_all(self) -> list[Tensor]:
+        assert self.saved is not None
+        return [slot.get() for slot in self.saved]
 
     def needs(self, index: int) -> bool:
         return self.edges[index] is not None
@@ -296,7 +310,8 @@ class Tape:
 
     def _run(self, node: Node, buffers: dict[Node, list[Tensor | None]]) -> list[Tensor | None]:
         assert node.fn is not None
-        results = list(node.fn(buffers.pop(node), node))
+        grads = buffers.pop(node)  # call_function of the engine keeps them until it has validated the outputs
+        results = list(node.fn(grads, node))
         for i, edge in enumerate(node.edges):  # validate_outputs: reduce to the input's shape, cast to its dtype
             grad = results[i] if i < len(results) else None
             if edge is None or grad is None:

@@ -16,11 +16,14 @@ from math import lcm
 from . import architecture as arch
 from .blocks import Player, Shared, block
 from .head import chunked_loss, full_loss
-from .masks import is_local, padded, pattern_period
-from .ops import BF16, FP32, dropout, layernorm, rmsnorm, unary
+from .masks import always_masked, mask_batch, mask_kind, padded, pattern_period
+from .ops import BF16, FP32, dropout, unary
 from .tape import Leaf, Recorder, Tape, Tensor
 from .types import GpuProfile, ModelSpec, RunSpec
 from .unroll import Unrolled
+
+# Families whose decoder makes both masks, also where all layers are of one kind.
+BOTH_MASKS = ("ministral", "cohere2", "olmo3", "gemma2", "gemma3_text")
 
 
 def checkpointed(levers_checkpointing: str, layer: int) -> bool:
@@ -145,37 +148,49 @@ class Step:
     def decoder(self, tokens: int) -> Tensor:
         tape, player, spec = self.tape, self.player, self.spec
         inputs_embeds = self.embed(tokens)
-        width = int(spec.head_dim * spec.partial_rotary_factor)
-        rotary_dtype = FP32 if spec.model_type == "olmo2" else self.wide
-        pairs = 2 if spec.model_type == "gemma3_text" else 1  # one for each kind of layer
-        tables = [tape.new(name, self.run.seq_len, width, rotary_dtype) for name in ("cos", "sin") * pairs]
-        player.shared = Shared(tables[0], tables[1], self.masks(), tuple(tables[2:]))
-        del tables
+        tables = self.rotary_tables()
+        masks = self.masks()
         hidden_states = inputs_embeds
         for index in range(spec.num_layers):
             tape.layer = index
             self.rec.mark(f"forward {index}")
             player.adapters = self.adapters[index]
+            cos, sin = tables[arch.rotary_kind(spec, index)]
+            player.shared = Shared(cos, sin, masks.get(mask_kind(spec, self.run, index)))
             hidden_states = self.layer(index, hidden_states)
         tape.layer = -1
         self.rec.mark("forward head")
         player.forget()
+        del tables, masks, cos, sin
         self.rec.scope = "activations.head"
-        if spec.norm == "layernorm":
-            return layernorm(tape, hidden_states, player.norm_dtype)
-        return rmsnorm(tape, hidden_states, player.norm_dtype, spec.norm == "gemma_rmsnorm", spec.model_type == "olmo2")
+        return player.norm(hidden_states)
+
+    def rotary_tables(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """cos and sin for each kind of layer."""
+        spec = self.spec
+        width = int(spec.head_dim * spec.partial_rotary_factor)
+        dtype = FP32 if spec.model_type in ("olmo", "olmo2", "olmo3") else self.wide
+        return {
+            kind: (
+                self.tape.new("cos", self.run.seq_len, width, dtype),
+                self.tape.new("sin", self.run.seq_len, width, dtype),
+            )
+            for kind in arch.rotary_kinds(spec)
+        }
 
     def masks(self) -> dict[bool, Tensor]:
         """The masks of the forward, one for the global layers and one for the local, where there must be one."""
         run, seq = self.run, self.run.seq_len
-        kinds = {is_local(self.spec, run, layer) for layer in range(self.spec.num_layers)}
+        kinds = {mask_kind(self.spec, run, layer) for layer in range(self.spec.num_layers)}
         eager = run.levers.attention == "eager"
-        rows = seq * (run.micro_batch_size if padded(run) else 1)
+        if eager and self.spec.layer_types and self.spec.model_type in BOTH_MASKS:
+            kinds = {False, True}
+        rows = seq * (run.micro_batch_size if eager else mask_batch(run))  # eager's `where` writes every sequence
         dtype = self.wide if eager else "bool"
         return {
             local: self.tape.new("local mask" if local else "causal mask", rows, seq, dtype)
             for local in sorted(kinds)
-            if eager or local or padded(run)
+            if eager or local or padded(run) or always_masked(self.spec, run)
         }
 
     def layer(self, index: int, hidden_states: Tensor) -> Tensor:

@@ -108,10 +108,11 @@ class ModelSpec(Value):
     attention_out_bias: bool = False
     mlp_bias: bool = False
     lm_head_bias: bool = False
-    norm: str = "rmsnorm"  # rmsnorm | gemma_rmsnorm | layernorm
+    norm: str = "rmsnorm"  # rmsnorm | gemma_rmsnorm | layernorm | cohere_layernorm | plain_layernorm (no parameters)
     norm_bias: bool = False
     norm_placement: str = "pre"  # pre | post (OLMo-2) | sandwich (Gemma 2, 3) | parallel (one norm feeds both)
     qk_norm: str = "none"  # none | head (per head, Qwen3) | full (over all heads, OLMo-2)
+    clip_qkv: bool = False  # OLMo clamps q, k and v
     parallel_residual: bool = False
     partial_rotary_factor: float = 1.0
     residual_dropout: float = 0.0
@@ -127,6 +128,7 @@ class ModelSpec(Value):
     num_experts: int = 0
     num_experts_per_token: int = 0
     moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False  # the router divides the chosen weights by their sum
     source: str = ""  # where the numbers come from: a path, a Hub id, "built-in"
 
 
@@ -398,7 +400,11 @@ class MeasuredPhase(Value):
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Measurement(Value):
-    """What a run really used, and how it ended."""
+    """What a run really used, and how it ended.
+
+    `prediction` (with the model and the run) and `gpu` are there in what `vramplan measure` writes: a row that can be
+    played again.
+    """
 
     device: str  # cpu | cuda
     device_name: str
@@ -416,6 +422,8 @@ class Measurement(Value):
     eval_loss_after: float | None = None
     lines: tuple[Line, ...] = ()  # resident tensors counted one by one after step 1; keys as in the ledger
     message: str = ""
+    prediction: Ledger | None = None
+    gpu: GpuProfile | None = None
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)

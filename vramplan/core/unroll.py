@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from .tape import WORKSPACE_KEY, Recorder
 
+LASTING = (WORKSPACE_KEY, "workspace.libraries")  # what a thread's first product makes, and keeps
 LAYER_SHIFT = 20  # a tensor's key: kind of section, layer, number of its birth there
 
 
@@ -35,7 +36,7 @@ class Unrolled:
         self.played, self.depth, self.period = played, depth, period
         self.sections = _sections(rec)
         self._highest: tuple[int, int] | None = None
-        self._compiled: dict[int, list[Change]] | None = None
+        self._compiled: dict[bool, dict[int, list[Change]]] = {}
         self.born: dict[int, tuple[int, int, int]] = {}  # storage -> (kind, played layer, n-th birth of its section)
         kind = 0
         for section in self.sections:
@@ -43,7 +44,10 @@ class Unrolled:
                 kind += 1
             count = 0
             for event in section.events:
-                if event > 0:
+                if event > 0 and rec.info[event][0] in LASTING:
+                    # in one layer only: it must not shift the numbers by which layers of a kind know their tensors
+                    self.born[event] = (kind, section.layer, (1 << LAYER_SHIFT) - event % 16 - 1)
+                elif event > 0:
                     self.born[event] = (kind, section.layer, count)
                     count += 1
             if section.layer < 0:
@@ -83,15 +87,18 @@ class Unrolled:
             if section is not None:
                 yield section, layer
 
-    def steps(self) -> Iterator[tuple[Section, int, list[Change]]]:
+    def steps(self, first: bool = False) -> Iterator[tuple[Section, int, list[Change]]]:
         """(section, real layer, its changes) in the order of time; a key of a relative change gets the layer added.
 
-        cuBLAS workspaces are left out: they are born once, stay, and are resident in a steady step.
+        cuBLAS workspaces are born in the `first` step, by the first product of each thread, and stay: in a steady step
+        they are resident, and left out.
         """
-        if self._compiled is None:
-            self._compiled = {id(section): self._compile(section) for section in self.sections}
+        if not self._compiled:
+            self._compiled[True] = {id(section): self._compile(section) for section in self.sections}
+            self._compiled[False] = {at: _steady(changes) for at, changes in self._compiled[True].items()}
+        compiled = self._compiled[first]
         for section, layer in self.order():
-            yield section, layer, self._compiled[id(section)]
+            yield section, layer, compiled[id(section)]
 
     def peak_bytes(self) -> int:
         """The most that the step's tensors take together."""
@@ -123,6 +130,8 @@ class Unrolled:
         for event in section.events:
             ident = abs(event)
             if self.info[ident][0] == WORKSPACE_KEY:
+                if event > 0:
+                    out.append((event, -event, False))
                 continue
             kind, home, count = self.born[ident]
             if home < 0:
@@ -135,6 +144,11 @@ class Unrolled:
 
 
 Change = tuple[int, int, bool]  # +info index (birth) or -info index (death), key of the tensor, key is relative
+
+
+def _steady(changes: list[Change]) -> list[Change]:
+    """Without the workspaces, whose keys are negative; the same list where there are none."""
+    return [change for change in changes if change[1] >= 0] if any(key < 0 for _, key, _ in changes) else changes
 
 
 def _key(kind: int, layer: int, count: int) -> int:

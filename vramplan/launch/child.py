@@ -25,9 +25,12 @@ _POLL_S, _SAMPLE_S, _LAST_WORDS_S = 0.1, 1.0, 30.0
 OnEvent = Callable[[dict[str, Any]], None]
 
 
-def launch(run_dir: Path, *, resume: bool = False, on_event: OnEvent = lambda event: None) -> Outcome:
+def launch(
+    run_dir: Path, *, resume: bool = False, measure: bool = False, on_event: OnEvent = lambda event: None
+) -> Outcome:
     """Run the child in a folder that `prepare_run_dir` made; returns when it has ended, however it did.
 
+    With `measure` it plays a few steps on random tokens and saves nothing (`train/measure.py`).
     `on_event` gets each event of `progress.jsonl` as it appears. The first Ctrl-C (or SIGTERM) lets the child save its
     state, the second ends it. MissingExtra if the training libraries are not installed, InputError if the folder is
     in use or holds no run.
@@ -35,8 +38,9 @@ def launch(run_dir: Path, *, resume: bool = False, on_event: OnEvent = lambda ev
     _require_libraries()
     run_dir = run_dir.absolute()
     run = records.read_json(run_dir / "run.json", RunSpec)
+    command = [*_command(run_dir, resume), *(["--measure"] if measure else [])]
     with Lock(run_dir) as lock:
-        return _Watch(run_dir, on_event, lock).run(_command(run_dir, resume), _environment(run, os.environ), resume)
+        return _Watch(run_dir, on_event, lock).run(command, _environment(run, os.environ), resume)
 
 
 def _require_libraries() -> None:

@@ -46,7 +46,7 @@ def train_payload(
     run_dir: str, ended: str, exit_code: int, ledger: Ledger, measurement: Measurement | None, message: str = ""
 ) -> Payload:
     """The payload of `train --json`: how it ended, and prediction beside measurement."""
-    payload: Payload = {
+    return {
         "schema_version": SCHEMA_VERSION,
         "run_dir": run_dir,
         "adapter": f"{run_dir}/adapter" if exit_code == 0 else None,
@@ -55,12 +55,40 @@ def train_payload(
         "message": message,
         "predicted": estimate_payload(ledger, ()),
         "measurement": asdict(measurement) if measurement else None,
-        "comparison": {"moments": [], "lines": []},
+        "comparison": _comparison(ledger, measurement),
     }
-    if measurement is not None:
-        moments, lines = compare(ledger, measurement)
-        payload["comparison"] = {"moments": [_pair(p) for p in moments], "lines": [_pair(p) for p in lines]}
-    return payload
+
+
+def measure_payload(
+    ledger: Ledger,
+    measurement: Measurement | None,
+    ended: str,
+    exit_code: int,
+    message: str,
+    diagnosis: str | None,
+    output: str | None,
+) -> Payload:
+    """The payload of `measure --json`. The measurement's `prediction` is left to "predicted"; `output` is the file."""
+    measured = asdict(measurement) if measurement else None
+    if measured is not None:
+        del measured["prediction"]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "output": output,
+        "ended": ended,
+        "exit_code": exit_code,
+        "message": message,
+        "diagnosis": diagnosis,
+        "predicted": estimate_payload(ledger, ()),
+        "measurement": measured,
+        "comparison": _comparison(ledger, measurement),
+    }
+
+
+def _comparison(ledger: Ledger, measurement: Measurement | None) -> Payload:
+    """Prediction and measurement in pairs; empty where nothing was measured."""
+    moments, lines = compare(ledger, measurement) if measurement is not None else ([], [])
+    return {"moments": [_pair(p) for p in moments], "lines": [_pair(p) for p in lines]}
 
 
 def _pair(pair: Pair) -> Payload:

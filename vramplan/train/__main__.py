@@ -1,4 +1,4 @@
-"""`python -m vramplan.train RUN_DIR [--resume]`: the training child.
+"""`python -m vramplan.train RUN_DIR [--resume | --measure]`: the training child.
 
 Reads RUN_DIR/run.json and writes progress.jsonl, measurement.jsonl, log.txt, checkpoints/ and adapter/. Exit codes:
 0 finished, 1 our error, 2 bad input, 4 out of memory, 130 interrupted (state saved). torch is imported only after
@@ -21,13 +21,14 @@ from vramplan.sources import records
 from vramplan.train.outcome import Outcome, StopSignal, outcome_of
 from vramplan.train.progress import Lock, Progress
 
-USAGE = "usage: python -m vramplan.train RUN_DIR [--resume]"
+FLAGS = ("--resume", "--measure")
+USAGE = "usage: python -m vramplan.train RUN_DIR [--resume | --measure]"
 
 
 def main(arguments: list[str]) -> int:
-    resume = "--resume" in arguments
-    folders = [a for a in arguments if a != "--resume"]
-    if len(folders) != 1 or folders[0].startswith("-"):
+    flags = [a for a in arguments if a in FLAGS]
+    folders = [a for a in arguments if a not in FLAGS]
+    if len(folders) != 1 or folders[0].startswith("-") or len(flags) > 1:
         print(USAGE, file=sys.stderr)
         return BAD_INPUT
     run_dir = Path(folders[0]).absolute()
@@ -36,20 +37,25 @@ def main(arguments: list[str]) -> int:
         return BAD_INPUT
     try:
         with Lock(run_dir), _output_in(run_dir / "log.txt") as console:
-            return _run(run_dir, resume, console)
+            return _run(run_dir, flags, console)
     except (VramplanError, OSError) as error:  # the folder is in use or cannot be written: leave it alone
         return _say(outcome_of(error), sys.stderr)
 
 
-def _run(run_dir: Path, resume: bool, console: TextIO) -> int:
+def _run(run_dir: Path, flags: list[str], console: TextIO) -> int:
     progress = Progress(run_dir / "progress.jsonl")
     try:
         stop = StopSignal()
         run = records.read_json(run_dir / "run.json", RunSpec)
         set_environment(run)
-        from vramplan.train.finetune import finetune  # imports torch
+        if "--measure" in flags:
+            from vramplan.train.measure import cuda_device, measure  # imports torch, as finetune does
 
-        message = finetune(run, run_dir, resume=resume, progress=progress, stop=stop)
+            message = measure(run, run_dir, cuda_device(), progress=progress, stop=stop)
+        else:
+            from vramplan.train.finetune import finetune
+
+            message = finetune(run, run_dir, resume="--resume" in flags, progress=progress, stop=stop)
         outcome = Outcome("finished", OK, message)
     except BaseException as error:
         outcome = outcome_of(error)

@@ -12,13 +12,12 @@ import transformers
 
 from vramplan.core.types import RunSpec
 from vramplan.errors import InputError
-from vramplan.sources import records
 from vramplan.train import data
 from vramplan.train.fused_loss import Head, head_of
 from vramplan.train.load import load_model, load_tokenizer, resolve
 from vramplan.train.lora import add_lora, prepare
-from vramplan.train.meter import Meter
-from vramplan.train.outcome import Interrupted, StopSignal, outcome_of
+from vramplan.train.meter import Meter, recorded
+from vramplan.train.outcome import Interrupted, StopSignal
 from vramplan.train.progress import Progress
 from vramplan.train.saving import clean, newest_checkpoint, save_adapter
 from vramplan.train.trainer import AlreadyDone, QloraTrainer, Reporter, training_arguments, usable_optimizer
@@ -31,20 +30,15 @@ def finetune(run: RunSpec, run_dir: Path, *, resume: bool, progress: Progress, s
     """Runs the whole and returns the last line for the user. Every ending leaves a Measurement, failures raise."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     meter = Meter(device)
-    ended, message = "finished", ""
-    try:
-        message = _finetune(run, run_dir, meter, resume=resume, progress=progress, stop=stop)
-        return message
-    except BaseException as error:
-        outcome = outcome_of(error)
-        ended, message = outcome.ended, outcome.message
-        raise
-    finally:
-        records.append_jsonl(run_dir / "measurement.jsonl", meter.measurement(ended, message))
+
+    def work() -> str:
+        return _finetune(run, run_dir, meter, resume=resume, progress=progress, stop=stop)
+
+    return recorded(meter, run_dir, work)
 
 
 def _finetune(run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progress: Progress, stop: StopSignal) -> str:
-    _refuse_what_is_not_built(run)
+    refuse_what_is_not_built(run)
     transformers.utils.logging.disable_progress_bar()
     transformers.set_seed(run.schedule.seed)
     checkpoints = run_dir / "checkpoints"
@@ -63,20 +57,8 @@ def _finetune(run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progre
     tokenizer = load_tokenizer(run, source)
     splits = data.build(run, tokenizer, report=progress.report)
 
-    progress.phase("load", f"loading {run.model} in 4 bits on {meter.device.type}")
-    model = load_model(run, source, meter.device, progress.warning)
-    meter.phase("loaded")
+    model = build_model(run, source, meter, progress)
     _check_vocabulary(model, tokenizer, splits)
-
-    progress.phase("prepare", f"upcast {run.levers.upcast}, checkpointing {run.levers.checkpointing}")
-    model = prepare(model, run.levers, meter.device, progress.warning)
-    meter.phase("prepared")
-
-    progress.phase("lora", f"r={run.lora.r} on {', '.join(run.lora.targets)}")
-    model = add_lora(model, run.lora)
-    meter.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    meter.phase("with_lora")
-
     head = head_of(model.get_base_model()) if run.levers.loss == "fused" else None
     optimizer = usable_optimizer(run.levers.optimizer, meter.device, progress)
     trainer = QloraTrainer(
@@ -114,7 +96,24 @@ def _finetune(run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progre
     return f"{trainer.state.global_step} steps, adapter in {run_dir / 'adapter'}"
 
 
-def _refuse_what_is_not_built(run: RunSpec) -> None:
+def build_model(run: RunSpec, source: str, meter: Meter, progress: Progress) -> Any:
+    """The 4-bit model, prepared and wrapped by PEFT, measured after each of the three."""
+    progress.phase("load", f"loading {run.model} in 4 bits on {meter.device.type}")
+    model = load_model(run, source, meter.device, progress.warning)
+    meter.phase("loaded")
+
+    progress.phase("prepare", f"upcast {run.levers.upcast}, checkpointing {run.levers.checkpointing}")
+    model = prepare(model, run.levers, meter.device, progress.warning)
+    meter.phase("prepared")
+
+    progress.phase("lora", f"r={run.lora.r} on {', '.join(run.lora.targets)}")
+    model = add_lora(model, run.lora)
+    meter.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    meter.phase("with_lora")
+    return model
+
+
+def refuse_what_is_not_built(run: RunSpec) -> None:
     if run.levers.resident_layers is not None:
         raise InputError("streaming layers from the host is not built yet", "leave resident_layers out")
 

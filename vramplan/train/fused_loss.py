@@ -52,6 +52,14 @@ def head_of(model: nn.Module) -> Head:
     return Head(layer.weight, layer.bias, multiplier, float(softcap) if softcap else None)
 
 
+def decoder_of(causal_lm: Any) -> Any:
+    """The part of a causal language model that makes the hidden states, without the head."""
+    decoder = getattr(causal_lm, causal_lm.base_model_prefix, None)
+    if decoder is None or decoder is causal_lm:
+        raise InputError(f"{type(causal_lm).__name__} has no separate decoder", "train with --loss full")
+    return decoder
+
+
 def labelled_rows(labels: Tensor) -> tuple[Tensor, Tensor]:
     """Where the loss is: labels [batch, seq] -> (rows of hidden.view(batch * seq, -1) [n], their next tokens [n]).
 

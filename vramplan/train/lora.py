@@ -65,6 +65,8 @@ def add_lora(model: Any, lora: Lora) -> Any:
     targets: str | list[str] = "all-linear" if lora.targets == ("all-linear",) else list(lora.targets)
     if isinstance(targets, list):
         check_targets(model, targets)
+    elif getattr(model.config, "num_experts", None) or getattr(model.config, "num_local_experts", None):
+        targets = linear_names(model)  # PEFT 0.21 would adapt experts and router too (`_convert_peft_config_moe`)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -84,6 +86,13 @@ def add_lora(model: Any, lora: Lora) -> Any:
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
     return wrapped
+
+
+def linear_names(model: Any) -> list[str]:
+    """The last parts of the names of every linear layer but the output embedding: what all-linear means."""
+    head = model.get_output_embeddings()
+    linears = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+    return sorted({n.rpartition(".")[2] for n in linears})
 
 
 def check_targets(model: nn.Module, targets: list[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from vramplan.core.types import Line, MeasuredPhase, Measurement
 from vramplan.core.units import round_up
+from vramplan.sources import records
+from vramplan.train.outcome import outcome_of
 
 GRANULARITY = 512  # the CUDA caching allocator rounds every tensor up to this
 STEP_PHASES = ("forward", "backward", "optimizer")
@@ -23,6 +25,7 @@ LABELS = {
     "weights.constants": "quantisation constants",
     "weights.embeddings": "input embedding",
     "weights.lm_head": "output layer",
+    "weights.experts": "experts, not quantised",
     "weights.other": "norms, biases, buffers",
     "adapter.lora": "LoRA A and B",
     "adapter.gradients": "LoRA gradients",
@@ -32,10 +35,15 @@ LABELS = {
 
 
 class Meter:
-    """Collects one run's numbers. On a CPU every byte of a phase is None: there is no device allocator to ask."""
+    """Collects one run's numbers. On a CPU every byte of a phase is None: there is no device allocator to ask.
 
-    def __init__(self, device: torch.device) -> None:
+    The step that is reported is the one with the highest point, or with `last_step` the last: where all batches are
+    alike, that is a steady one.
+    """
+
+    def __init__(self, device: torch.device, *, last_step: bool = False) -> None:
         self.device = device
+        self.last_step = last_step
         self.cuda = device.type == "cuda"
         self.phases: list[MeasuredPhase] = []
         self.lines: tuple[Line, ...] = ()
@@ -49,6 +57,8 @@ class Meter:
         self._open: dict[str, int] = {}  # phase -> peak of the step in progress
         self._step: dict[str, int] = {}  # phase -> peak of the last whole step
         self._highest: dict[str, int] = {}  # of the step with the highest point: the longest batch, if lengths differ
+        self._reserved = 0  # the most at a step's end
+        self._process: int | None = None  # what the driver counted when `look` was called
 
     # ------------------------------------------------------------------------------------------------ phases
     def phase(self, name: str) -> None:
@@ -83,6 +93,11 @@ class Meter:
         self._step, self._open = self._open or self._step, {}
         if max(self._step.values(), default=0) > max(self._highest.values(), default=0):
             self._highest = self._step
+        self._reserved = max(self._reserved, self.reserved_bytes() or 0)
+
+    def look(self) -> None:
+        """Ask the driver now, while the step's memory is still reserved. Not at every step: it takes milliseconds."""
+        self._process = self.process_bytes()
 
     def peak_bytes(self) -> int | None:
         """The highest point of the last whole step."""
@@ -129,7 +144,7 @@ class Meter:
     def _step_phases(self) -> Iterator[MeasuredPhase]:
         if not self.cuda:
             return
-        peaks = dict(self._highest or self._open)
+        peaks = dict((self._step if self.last_step else self._highest) or self._open)
         for name in STEP_PHASES:
             if name in peaks:
                 yield MeasuredPhase(name=name, peak_bytes=peaks[name])
@@ -138,9 +153,23 @@ class Meter:
             name="step",
             allocated_bytes=torch.cuda.memory_allocated(self.device),
             peak_bytes=max(peaks.values(), default=now),
-            reserved_bytes=torch.cuda.memory_reserved(self.device),
-            process_bytes=self.process_bytes(),
+            reserved_bytes=self._reserved or torch.cuda.memory_reserved(self.device),
+            process_bytes=self._process or self.process_bytes(),
         )
+
+
+def recorded(meter: Meter, run_dir: Path, work: Callable[[], str]) -> str:
+    """Does `work`, returns its message; however it ends, `run_dir`/measurement.jsonl gets a line. Failures raise."""
+    ended, message = "finished", ""
+    try:
+        message = work()
+        return message
+    except BaseException as error:
+        outcome = outcome_of(error)
+        ended, message = outcome.ended, outcome.message
+        raise
+    finally:
+        records.append_jsonl(run_dir / "measurement.jsonl", meter.measurement(ended, message))
 
 
 # --------------------------------------------------------------------------------------- tensors, one by one
@@ -172,6 +201,7 @@ def count_lines(model: Any, optimizer: Any, device: torch.device) -> tuple[Line,
     add("weights.lm_head", _parameters(model.get_output_embeddings()))
     trained = [p for p in model.parameters() if p.requires_grad]
     add("adapter.lora", trained)
+    add("weights.experts", [p for n, p in model.named_parameters() if ".mlp.experts." in n])
     add("weights.other", model.parameters())
     add("weights.other", model.buffers())
     gradients = sum(round_up(p.numel() * p.element_size(), GRANULARITY) for p in trained)

@@ -15,7 +15,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from vramplan.core.types import RunSpec
 from vramplan.errors import InputError
-from vramplan.train.fused_loss import Head, fused_cross_entropy, labelled_rows
+from vramplan.train.fused_loss import Head, decoder_of, fused_cross_entropy, labelled_rows
 from vramplan.train.meter import Meter, count_lines
 from vramplan.train.outcome import StopSignal, first_line
 from vramplan.train.progress import Progress
@@ -179,14 +179,6 @@ def fused_loss(causal_lm: Any, head: Head, inputs: dict[str, Any], num_items: Te
     hidden = decoder_of(causal_lm)(input_ids=inputs["input_ids"], use_cache=False)[0]
     normaliser = max(rows.numel(), 1) if num_items is None else num_items
     return fused_cross_entropy(hidden, rows, targets, head, normaliser)
-
-
-def decoder_of(causal_lm: Any) -> Any:
-    """The part of a causal language model that makes the hidden states, without the head."""
-    decoder = getattr(causal_lm, causal_lm.base_model_prefix, None)
-    if decoder is None or decoder is causal_lm:
-        raise InputError(f"{type(causal_lm).__name__} has no separate decoder", "train with --loss full")
-    return decoder
 
 
 class Reporter(TrainerCallback):  # type: ignore[misc]

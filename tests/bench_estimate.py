@@ -1,0 +1,43 @@
+"""Medians of one estimate in process, start-up not included: python tests/bench_estimate.py [REPETITIONS]"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+from vramplan.core import ledger
+from vramplan.core.timeline import play
+from vramplan.core.types import RunSpec
+from vramplan.sources.hf_config import load_model
+
+MODELS = ("llama-2-7b", "llama-3.1-70b", "gemma-2-9b")
+
+
+def median_ms(work: Callable[[], object], repetitions: int) -> float:
+    work()
+    gc.collect()
+    found = []
+    for _ in range(repetitions):
+        begun = time.perf_counter()
+        work()
+        found.append(1e3 * (time.perf_counter() - begun))
+    return statistics.median(found)
+
+
+def main() -> None:
+    repetitions = int(sys.argv[1]) if len(sys.argv) > 1 else 15
+    print("| model | play, ms | simulate, ms | estimate, ms |\n|---|---|---|---|")
+    for name in MODELS:
+        spec, run = load_model(name), RunSpec(model=name)
+        played = median_ms(partial(play, spec, run, ledger.NO_CARD), repetitions)
+        simulated = median_ms(partial(ledger.simulate, spec, run), repetitions)
+        estimated = median_ms(partial(ledger.estimate, spec, run), repetitions)
+        print(f"| {name} | {played:.1f} | {simulated:.1f} | {estimated:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

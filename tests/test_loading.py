@@ -1,0 +1,70 @@
+"""Loading from a checkpoint, tensor by tensor: against the card, and whether it decides what fits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from measured import MIB, h200, model, rows
+
+from vramplan.core.allocator import Native
+from vramplan.core.ledger import estimate
+from vramplan.core.loading import Loader
+from vramplan.core.plan import judge
+from vramplan.core.types import Levers, RunSpec
+
+
+@pytest.mark.parametrize("row", rows("h200-loading.jsonl"), ids=lambda r: r["device_map"])
+def test_loading_a_checkpoint_against_the_card(row):
+    memory = Native()
+    Loader(memory, model(row["model"]), double_quant=True).load()
+    assert memory.allocated / MIB == pytest.approx(row["loaded"], abs=0.01)
+    assert memory.peak_allocated / MIB == pytest.approx(row["load_peak"], abs=0.51)
+    assert memory.peak_reserved / MIB == pytest.approx(row["load_peak_reserved"], abs=2.01)
+    assert memory.reserved == memory.peak_reserved  # from_pretrained empties no cache
+
+
+def test_the_warm_up_takes_half_a_byte_a_quantised_weight_and_two_for_the_rest():
+    spec = model("llama-3.1-8b")
+    linears = spec.num_layers * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    rest = 2 * 128256 * 4096 + (2 * spec.num_layers + 1) * 4096
+    assert Loader(Native(), spec, double_quant=True).warmup_bytes() == linears // 2 + 2 * rest
+
+
+def test_a_tied_head_is_warmed_up_for_once():
+    untied = replace(model("qwen2.5-0.5b"), tie_word_embeddings=False)
+    both = [Loader(Native(), spec, True).warmup_bytes() for spec in (model("qwen2.5-0.5b"), untied)]
+    assert both[1] - both[0] == 2 * untied.vocab_size * untied.hidden_size
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_unloading_gives_everything_back(drawn):
+    memory = Native()
+    loader = Loader(memory, model("qwen2.5-0.5b"), True, drawn)
+    loader.prepare(RunSpec(model="qwen2.5-0.5b", levers=Levers(upcast="all")))
+    assert memory.allocated > 0
+    loader.unload()
+    memory.empty_cache()
+    assert (memory.allocated, memory.reserved) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", ["native", "expandable"])
+def test_a_card_that_cannot_load_the_model_does_not_fit(kind):
+    """Experts are stacked while loading, in twice their bytes: with few layers that is the highest point of a run."""
+    spec = replace(model("qwen3-30b-a3b"), num_layers=2)
+    run = RunSpec(model="two layers", seq_len=64, levers=Levers(allocator=kind))
+    ledger = estimate(spec, run, h200())
+    loading = next(p.peak_bytes for p in ledger.phases if p.name == "load")
+    assert loading > ledger.peak.allocated_bytes
+    assert ledger.peak.minimum_bytes >= loading
+    assert ledger.peak.reserved_bytes >= ledger.peak.minimum_bytes
+    assert sum(line.bytes for line in ledger.lines) == ledger.peak.device_bytes
+    assert any("loading, not training" in warning for warning in ledger.warnings)
+    trains = replace(h200(), usable_bytes=ledger.peak.allocated_bytes + h200().context_bytes + 100 * MIB)
+    assert judge(ledger, trains) == "does_not_fit"
+
+
+def test_loading_says_nothing_where_training_is_higher():
+    ledger = estimate(model("llama-2-7b"), RunSpec(model="llama-2-7b"), h200())
+    assert not any("loading" in warning for warning in ledger.warnings)
+    assert all(line.key != "overhead.loading" for line in ledger.lines)
