@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vramplan.core.types import GpuProfile, Levers, Lora, ModelSpec, RunSpec
-from vramplan.sources.hf_config import load_model, parse_config
+from vramplan.sources.hf_config import load_model
 from vramplan.sources.profiles import load_gpu
 from vramplan.sources.records import decode
 
@@ -65,17 +65,6 @@ def trained(row: dict[str, Any]) -> tuple[RunSpec, dict[str, dict[str, int]]]:
 
 # The one run on real text, whose batches are shorter than the length it was planned for.
 TRAINED = [row for row in rows("h200-first-runs.jsonl") if row["name"] != "smol-train"]
-
-
-def traced_rows() -> list[dict[str, Any]]:
-    """Steps of small models as the real libraries play them without a card: see test_blocks.py."""
-    return [json.loads(line) for line in (Path(__file__).parent / "traced_blocks.jsonl").read_text().splitlines()]
-
-
-def traced_model(model_type: str) -> ModelSpec:
-    """The small model of this family that was traced."""
-    config = next(row["config"] for row in traced_rows() if row["config"]["model_type"] == model_type)
-    return parse_config({**config, "architectures": ["x"]}, name=model_type, source="traced")
 
 
 def case_id(row: dict[str, Any]) -> str:

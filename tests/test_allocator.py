@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_allocator import Reference
 
-from vramplan.core.allocator import LARGE_BLOCK, MASK, Native, OutOfMemory, block_bytes
+from vramplan.core.allocator import MASK, Native, OutOfMemory, block_bytes
 from vramplan.core.expandable import Expandable, allocator
 from vramplan.core.units import MIB
 
@@ -143,27 +141,6 @@ def test_as_the_plain_allocator_has_it(kind, cap_bytes, script):
             memory.empty_cache()
             plain.empty_cache()
         assert (memory.allocated, memory.reserved) == (plain.allocated, plain.reserved)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.sampled_from(KINDS), requests)
-def test_laws(kind, script):
-    memory = allocator(kind)
-    held: list[int] = []
-    for what, size, pick in script:
-        if what == "malloc":
-            held.append(memory.malloc(size))
-        elif what == "free" and held:
-            memory.free(held.pop(pick % len(held)))
-        else:
-            memory.empty_cache()
-        spans = sorted((b >= LARGE_BLOCK, b & MASK, (b & MASK) + block_bytes(b) // 512) for b in held)
-        assert all(a[0] < b[0] or a[2] <= b[1] for a, b in pairwise(spans)), "blocks overlap"
-        assert memory.allocated == sum(map(block_bytes, held)) <= memory.pinned_now() <= memory.reserved
-    for block in held:
-        memory.free(block)
-    memory.empty_cache()
-    assert (memory.allocated, memory.reserved) == (0, 0)
 
 
 @settings(max_examples=60, deadline=None)

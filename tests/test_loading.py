@@ -8,10 +8,11 @@ import pytest
 from measured import MIB, h200, model, rows
 
 from vramplan.core.allocator import Native
-from vramplan.core.ledger import estimate
+from vramplan.core.expandable import allocator
+from vramplan.core.ledger import estimate, simulate
 from vramplan.core.loading import Loader
 from vramplan.core.plan import judge
-from vramplan.core.types import Levers, RunSpec
+from vramplan.core.types import Ledger, Levers, Lora, RunSpec
 
 
 @pytest.mark.parametrize("row", rows("h200-loading.jsonl"), ids=lambda r: r["device_map"])
@@ -22,6 +23,49 @@ def test_loading_a_checkpoint_against_the_card(row):
     assert memory.peak_allocated / MIB == pytest.approx(row["load_peak"], abs=0.51)
     assert memory.peak_reserved / MIB == pytest.approx(row["load_peak_reserved"], abs=2.01)
     assert memory.reserved == memory.peak_reserved  # from_pretrained empties no cache
+
+
+@pytest.mark.parametrize("row", rows("h200-load.jsonl"), ids=lambda r: f"{r['model']}-{r['allocator']}")
+def test_from_pretrained_prepare_and_lora_against_the_card(row):
+    """To the KiB: the process that was measured held two scalars (1 KiB) that are none of the model's."""
+    lora = Lora(r=row["lora_r"], targets=tuple(row["lora_targets"]))
+    held = Loader(allocator(row["allocator"]), model(row["model"]), row["double_quant"]).prepare("all", lora)
+    mib = row["mib"]
+    for name in ("loaded", "prepared", "with_lora"):
+        assert mib[name] - getattr(held.resident, f"{name}_bytes") / MIB == pytest.approx(1 / 1024, abs=1e-9)
+    assert held.load_peak_bytes / MIB == pytest.approx(mib["peak"], abs=0.03)
+    assert held.loaded_reserved_bytes / MIB == mib["reserved"]
+
+
+def tails(ledger: Ledger) -> int:
+    return sum(line.bytes for line in ledger.lines if line.key == "overhead.checkpoint_tails")
+
+
+@pytest.mark.parametrize("name", ["tinyllama-1.1b", "llama-2-7b", "pythia-1.4b"])
+def test_an_estimate_is_laid_out_like_a_model_built_by_layer_and_holds_a_checkpoint_s_tails_too(name):
+    """Native: the steps of `vramplan measure`; what from_pretrained leaves above that is a line of its own."""
+    run = RunSpec(model=name, levers=Levers(upcast="all", loss="full", allocator="native"))
+    drawn = replace(run, random_weights=True)
+    built, read = simulate(model(name), drawn, h200()), simulate(model(name), run, h200())
+    assert built.resident != read.resident
+    asked, measured = estimate(model(name), run, h200()), estimate(model(name), drawn, h200())
+    assert asked.resident == measured.resident == built.resident
+    assert asked.peak.allocated_bytes == measured.peak.allocated_bytes == built.allocated_bytes
+    more = read.resident.with_lora_bytes - built.resident.with_lora_bytes
+    assert (tails(asked), tails(measured)) == (max(more, 0), 0)
+    assert asked.peak.minimum_bytes - measured.peak.minimum_bytes == tails(asked)
+    assert {p.name: p.peak_bytes for p in asked.phases}["load"] == read.held.load_peak_bytes
+    for ledger in (asked, measured):
+        assert sum(line.bytes for line in ledger.lines) == ledger.peak.device_bytes
+        assert ledger.peak.reserved_bytes >= ledger.peak.minimum_bytes
+
+
+def test_expandable_segments_leave_no_tails():
+    run = RunSpec(model="tinyllama-1.1b", levers=Levers(upcast="all"))
+    spec = model("tinyllama-1.1b")
+    asked = estimate(spec, run, h200())
+    assert asked.resident == estimate(spec, replace(run, random_weights=True), h200()).resident
+    assert tails(asked) == 0
 
 
 def test_the_warm_up_takes_half_a_byte_a_quantised_weight_and_two_for_the_rest():
@@ -41,7 +85,7 @@ def test_a_tied_head_is_warmed_up_for_once():
 def test_unloading_gives_everything_back(drawn):
     memory = Native()
     loader = Loader(memory, model("qwen2.5-0.5b"), True, drawn)
-    loader.prepare(RunSpec(model="qwen2.5-0.5b", levers=Levers(upcast="all")))
+    loader.prepare("all", Lora())
     assert memory.allocated > 0
     loader.unload()
     memory.empty_cache()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -11,6 +11,7 @@ from vramplan.core.types import DataSpec, GpuProfile, Levers, Lora, ModelSpec, R
 from vramplan.errors import InputError
 
 DEFAULT_SEQ_LEN = 2048
+NO_LIMIT = 2**20  # positions of a model whose config states none
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt", ".text", ".md", ".gz", ".zst")
 
 Params = dict[str, Any]
@@ -68,7 +69,31 @@ def card(name: str, index: int = 0) -> GpuProfile:
         raise type(error)(error.message, hint) from error
 
 
-def run_spec(params: Params, spec: ModelSpec) -> RunSpec:
+class Outline(NamedTuple):
+    """What the flags are held against, of a model that is traced rather than described."""
+
+    name: str
+    max_position_embeddings: int
+
+
+def outline(params: Params) -> tuple[dict[str, Any], ModelSpec | None, ModelSpec | Outline]:
+    """(config.json, our description of the model or None, what to hold the flags against), for --trace."""
+    from vramplan.errors import UnknownArchitecture
+    from vramplan.sources.hf_config import load_model, raw_config
+
+    config = raw_config(params["model"])
+    try:
+        spec = load_model(params["model"])
+    except UnknownArchitecture:
+        text = config.get("text_config")
+        part = text if isinstance(text, dict) else config
+        limits = [part.get(key) for key in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")]
+        limit = next((n for n in limits if isinstance(n, int) and n > 0), NO_LIMIT)
+        return config, None, Outline(params["model"], limit)
+    return config, spec, spec
+
+
+def run_spec(params: Params, spec: ModelSpec | Outline) -> RunSpec:
     """The run that the flags describe. `InputError` names the flag that cannot be."""
     micro, accumulation = batch(params)
     return RunSpec(
@@ -91,7 +116,7 @@ def run_spec(params: Params, spec: ModelSpec) -> RunSpec:
     )
 
 
-def seq_len(asked: int | None, spec: ModelSpec) -> int:
+def seq_len(asked: int | None, spec: ModelSpec | Outline) -> int:
     """The sequence length, held against the model's limit."""
     limit = spec.max_position_embeddings
     if asked is None:

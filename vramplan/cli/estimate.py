@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import click
 
 from vramplan.cli import build, options
 from vramplan.cli.output import print_json
-from vramplan.core.types import GpuProfile, GpuVerdict, ModelSpec, RunSpec
-from vramplan.errors import DOES_NOT_FIT, OK
+from vramplan.core.types import GpuProfile, GpuVerdict, Ledger, ModelSpec
+from vramplan.errors import DOES_NOT_FIT, OK, InputError
 
 EXAMPLE = "Example: vramplan estimate llama-3.1-8b --batch-size 4 --gpu rtx-4090 --gpu rtx-3090"
 
@@ -20,15 +21,12 @@ EXAMPLE = "Example: vramplan estimate llama-3.1-8b --batch-size 4 --gpu rtx-4090
 @options.use(options.BATCH, options.RUN, options.LORA, options.LEVERS, options.GPUS, options.TRACE, options.OUTPUT)
 def command(**params: Any) -> int:
     """Predict the memory of fine-tuning MODEL: a built-in name, a Hub id, or a path to config.json or its folder."""
-    from vramplan.core.ledger import estimate
-
-    build.not_yet(params, "trace")
-    spec = build.model_spec(params)
-    run = build.run_spec(params, spec)
+    if params["full_depth"] and not params["trace"]:
+        raise InputError("--full-depth is about tracing", "add --trace")
     cards = build.cards(params["gpu"])
     chip = next((card for card, named in cards if named), None)
-    ledger = estimate(spec, run, chip)
-    verdicts = _judge(spec, run, [card for card, _ in cards])
+    ledger, spec = _traced(params, chip) if params["trace"] else _played(params, chip)
+    verdicts = _judge(ledger, spec, [card for card, _ in cards])
     build.warn(*ledger.warnings)
     if params["as_json"]:
         from vramplan.report.payload import estimate_payload
@@ -44,10 +42,36 @@ def command(**params: Any) -> int:
     return DOES_NOT_FIT if refused else OK
 
 
-def _judge(spec: ModelSpec, run: RunSpec, cards: list[GpuProfile]) -> tuple[GpuVerdict, ...]:
-    """Each card against the run; the search is not even imported where no card is named."""
+def _played(params: dict[str, Any], chip: GpuProfile | None) -> tuple[Ledger, ModelSpec]:
+    from vramplan.core.ledger import estimate
+
+    spec = build.model_spec(params)
+    return estimate(spec, build.run_spec(params, spec), chip), spec
+
+
+def _traced(params: dict[str, Any], chip: GpuProfile | None) -> tuple[Ledger, ModelSpec | None]:
+    """The real libraries' own step; the model may be one that is not described here."""
+    from vramplan.core.ledger import NO_CARD
+    from vramplan.launch.tracing import trace
+
+    config, spec, limits = build.outline(params)
+    run = build.run_spec(params, limits)
+    if sys.stderr.isatty():
+        build.note("tracing the real libraries, about 10 seconds" + (" or more" if params["full_depth"] else ""))
+    return trace(config, spec, run, chip or NO_CARD, full_depth=params["full_depth"]), spec
+
+
+def _judge(ledger: Ledger, spec: ModelSpec | None, cards: list[GpuProfile]) -> tuple[GpuVerdict, ...]:
+    """Each card against the run; the search is not even imported where no card is named.
+
+    A model that is not described has a verdict, but no largest batch: nobody traces hundreds of batches.
+    """
     if not cards:
         return ()
-    from vramplan.core.plan import capacity
+    from vramplan.core.plan import capacity, judge
 
-    return tuple(capacity(spec, run, card) for card in cards)
+    if spec is None:
+        return tuple(
+            GpuVerdict(gpu=card.key, usable_bytes=card.usable_bytes, verdict=judge(ledger, card)) for card in cards
+        )
+    return tuple(replace(capacity(spec, ledger.run, card), verdict=judge(ledger, card)) for card in cards)

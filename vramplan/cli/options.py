@@ -250,7 +250,8 @@ OUTPUT: Section = (
 )
 
 TRACE: Section = (
-    _out("--trace", is_flag=True, help="Trace the real model instead of describing it (not in this version)."),
+    _out("--trace", is_flag=True, help="Trace the real libraries' step, for any architecture (no GPU; needs torch)."),
+    _out("--full-depth", is_flag=True, help="Trace every layer rather than a few that stand for all."),
 )
 
 FIT: Section = (

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from . import architecture as arch
-from .attention import Heads, eager, kernel_for, sdpa
+from .attention import Heads, contiguous, eager, kernel_for, sdpa
 from .bnb_kernel import uses_fused_kernel
-from .ops import add, cast, clone, cohere_norm, dropout, layernorm, lora_linear, lora_linear4bit, rmsnorm, unary
+from .norms import cohere_norm, layernorm, rmsnorm
+from .ops import add, cast, dropout, lora_linear, lora_linear4bit, unary
 from .parallel_blocks import cohere_block, falcon_block, neox_block, phi_block, stablelm_block
 from .sublayers import attention, mlp
 from .tape import Tape, Tensor
@@ -28,11 +29,12 @@ Adapters = dict[str, tuple[Tensor, Tensor]]  # Linear name -> (A [r, in], B [out
 
 
 class Shared(NamedTuple):
-    """What the layers of one kind share in a forward: rotary tables, and a mask where there must be one."""
+    """What layers of one kind share in a forward: rotary tables, position ids, and a mask where there must be one."""
 
     cos: Tensor
     sin: Tensor
     mask: Tensor | None = None
+    position_ids: Tensor | None = None
 
 
 class Player:
@@ -100,12 +102,12 @@ class Player:
             bias=shape.bias,
         )
 
-    def norm(self, x: Tensor) -> Tensor:
+    def norm(self, x: Tensor, heads: int = 1) -> Tensor:
         kind = self.spec.norm
         if kind == "layernorm":
-            return layernorm(self.tape, x, self.norm_dtype)
+            return layernorm(self.tape, x, self.norm_dtype, self.spec.norm_bias)
         if kind == "cohere_layernorm":
-            return cohere_norm(self.tape, x, self.norm_dtype)
+            return cohere_norm(self.tape, x, self.norm_dtype, heads)
         if kind == "plain_layernorm":
             return cast(self.tape, layernorm(self.tape, x, ""), x.dtype, "norm")
         late_cast = self.spec.model_type in ("olmo2", "olmo3")
@@ -113,7 +115,7 @@ class Player:
 
     def head_norm(self, x: Tensor, heads: int) -> Tensor:
         """A norm over each head's channels."""
-        normed = self.norm(x.view(x.rows * heads, x.columns // heads))
+        normed = self.norm(x.view(x.rows * heads, x.columns // heads), heads)
         return normed.view(x.rows, x.columns)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -125,8 +127,7 @@ class Player:
             )
             return out
         out = sdpa(self.tape, query, key, value, self.heads, self.kernels[mask is not None], mask)
-        by_head = self.joined or self.kernels[mask is not None] == "math"
-        return clone(self.tape, out, "attention by token") if by_head else out
+        return contiguous(self.tape, out, "attention by token")
 
     def residual_dropout(self, x: Tensor) -> Tensor:
         return dropout(self.tape, x, self.spec.residual_dropout)

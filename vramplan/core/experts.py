@@ -127,8 +127,9 @@ def experts(p: Player, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
     del arange
     weighted_out = index_rows(tape, weighted_out, inv_perm, "expert output by token")
     final_hidden_states = sum_experts(tape, weighted_out, top_k_index.columns)
+    final_hidden_states = cast(tape, final_hidden_states, hidden_states.dtype, "expert output")
     del expert_ids_g, perm, histc_input, tokens_per_expert, inv_perm
-    return cast(tape, final_hidden_states, hidden_states.dtype, "expert output")
+    return final_hidden_states
 
 
 def sort(tape: Tape, rows: int) -> tuple[Tensor, Tensor]:

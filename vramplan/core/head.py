@@ -5,10 +5,10 @@ from __future__ import annotations
 from .loss import chunk_tokens
 from .ops import BF16, FP32, Grads, cast, linear, unary
 from .tape import Node, Tape, Tensor
-from .types import ModelSpec
+from .types import ModelSpec, RunSpec
 
 
-def full_loss(tape: Tape, spec: ModelSpec, hidden_states: Tensor, head_dtype: str) -> list[Tensor]:
+def full_loss(tape: Tape, spec: ModelSpec, run: RunSpec, hidden_states: Tensor, head_dtype: str) -> list[Tensor]:
     """`LlamaForCausalLM.forward` from its hidden states: [loss, logits]; the bf16 logits live as long as the output."""
     weight = tape.constant(spec.vocab_size, spec.hidden_size, head_dtype)
     logits = linear(tape, hidden_states, weight, "logits", bias=spec.lm_head_bias)
@@ -18,16 +18,23 @@ def full_loss(tape: Tape, spec: ModelSpec, hidden_states: Tensor, head_dtype: st
         logits = unary(tape, logits, "logits * cap")
     if spec.logits_scaling is not None:
         logits = unary(tape, logits, "logits / scaling")
-    return [causal_lm_loss(tape, logits), logits]
+    return [causal_lm_loss(tape, logits, run.micro_batch_size, run.driver == "trainer"), logits]
 
 
-def causal_lm_loss(tape: Tape, logits: Tensor) -> Tensor:
-    """transformers `ForCausalLMLoss`: logits in float32, labels padded and shifted, cross entropy."""
-    labels = tape.new("labels padded", 1, logits.rows + 1, "int64", "activations.inputs")
-    shift_labels = tape.new("labels shifted", 1, logits.rows, "int64", "activations.inputs")
+def causal_lm_loss(tape: Tape, logits: Tensor, sequences: int, summed: bool) -> Tensor:
+    """transformers `ForCausalLMLoss`: logits in float32, labels padded and shifted, cross entropy.
+
+    `summed`: the trainer says how many labels the batch has, and the sum of the losses is divided by it.
+    """
     logits = cast(tape, logits, FP32, "logits in fp32")
+    padded = tape.new("labels padded", sequences, logits.rows // sequences + 1, "int64", "activations.inputs")
+    shift_labels = padded.view(1, logits.rows + 1)  # of one sequence a view: it is contiguous
+    if sequences > 1:
+        shift_labels = tape.new("labels shifted", 1, logits.rows, "int64", "activations.inputs")
     loss = nll_loss(tape, log_softmax(tape, logits), shift_labels)
-    del labels
+    if summed:
+        loss = unary(tape, loss, "loss / items in the batch")
+    del padded
     return loss
 
 
@@ -53,7 +60,7 @@ def nll_loss(tape: Tape, log_probs: Tensor, labels: Tensor) -> Tensor:
     rows, columns = log_probs.rows, log_probs.columns
 
     def backward(g: Grads, n: Node) -> Grads:
-        held = [n.take(0), n.take(1)]
+        held = n.take_all()
         grad = tape.new("gradient of nll_loss", rows, columns, FP32, "loss.gradients")
         del held
         return (grad,)
@@ -61,45 +68,72 @@ def nll_loss(tape: Tape, log_probs: Tensor, labels: Tensor) -> Tensor:
     node = Node(tape, (log_probs,), backward, (log_probs, labels)) if log_probs.node is not None else None
     loss = tape.new("loss", 1, 1, FP32)
     total_weight = tape.new("total weight", 1, 1, FP32)
-    del total_weight
-    loss.node = node
+    if node is not None:
+        node.save(tape, total_weight)
+        loss.node = node
     return loss
 
 
-def chunked_loss(tape: Tape, spec: ModelSpec, hidden_states: Tensor, head_dtype: str, sequences: int) -> Tensor:
-    """`vramplan.train.fused_loss`: loss and gradient of the hidden states, chunk by chunk, in the forward.
+def labelled_rows(tape: Tape, run: RunSpec) -> tuple[Tensor, Tensor]:
+    """`vramplan.train.fused_loss.labelled_rows`: which rows carry a loss, and their next tokens.
 
-    Counts every token that can carry a loss as labelled (all but the last of each sequence): an upper bound, exact for
-    plain text.
+    Counts every token that can (all but the last of each sequence): an upper bound, exact for plain text.
     """
+    rows = run.micro_batch_size * (run.seq_len - 1)
+    return tape.new("labelled rows", 1, rows, "int64"), tape.new("next tokens", 1, rows, "int64")
+
+
+def chunked_loss(
+    tape: Tape, spec: ModelSpec, hidden_states: Tensor, labelled: tuple[Tensor, Tensor], head_dtype: str
+) -> Tensor:
+    """`vramplan.train.fused_loss`: loss and gradient of the hidden states, chunk by chunk, in the forward."""
     hidden, vocab, dtype = spec.hidden_size, spec.vocab_size, hidden_states.dtype
-    tokens, rows = hidden_states.rows, hidden_states.rows - sequences
+    tokens, rows = hidden_states.rows, labelled[0].columns
     chunk = chunk_tokens(max(rows, 1), hidden, vocab)
 
     def backward(g: Grads, n: Node) -> Grads:
-        picked = n.take(0)
+        held = n.take_all()
         full = tape.new("gradient of the hidden states", tokens, hidden, dtype, "loss.gradients")
-        copy = cast(tape, picked, dtype, "gradient of the labelled rows")
-        del copy, picked
+        copy = cast(tape, held[0], dtype, "gradient of the labelled rows")
+        del copy, held
         return (full,)
 
     node = Node(tape, (hidden_states,), backward) if hidden_states.node is not None else None
-    indices = [tape.new(name, 1, rows, "int64", "activations.inputs") for name in ("labelled rows", "next tokens")]
     picked = tape.new("labelled rows of the hidden states", rows, hidden, dtype, "loss.gradients")
     if dtype != BF16:
         picked = tape.new("labelled rows of the hidden states", rows, hidden, BF16, "loss.gradients")
     weight = None
     if head_dtype != BF16:
         weight = tape.new("head in bf16", vocab, hidden, BF16, "loss.logits")
-    for _ in range(min(2, -(-rows // chunk))):  # all but the last are alike
-        logits = tape.new("logits of a chunk", chunk, vocab, BF16, "loss.logits")
-        tape.product()
-        wide = tape.new("logits of a chunk in fp32", chunk, vocab, FP32, "loss.logits")
-        del logits, wide
-    del weight
+    vector = tape.new("head bias in bf16", 1, vocab, BF16) if spec.lm_head_bias and head_dtype != BF16 else None
+    total = tape.new("sum of the losses", 1, 1, FP32)
+    locals_: dict[str, Tensor] = {}
+    lengths = [chunk] * (rows // chunk) + [rows % chunk] * (rows % chunk > 0)
+    for part in (lengths[0], *lengths[-2:]) if len(lengths) > 3 else lengths:  # those in the middle are alike
+        loss_of_chunk(tape, spec, part, locals_)
     loss = tape.new("loss", 1, 1, FP32)
+    del total, locals_, weight, vector
     if node is not None:
         node.save(tape, picked)
-        node.save(tape, indices[0])
+        node.save(tape, labelled[0])
         loss.node = node
     return loss
+
+
+def loss_of_chunk(tape: Tape, spec: ModelSpec, rows: int, held: dict[str, Tensor]) -> None:
+    """One turn of the loop in `_loss_and_gradient`; `held` are its locals, which live on until they are rebound."""
+    key = "loss.logits"
+    logits = tape.new("logits of a chunk", rows, spec.vocab_size, BF16, key)
+    tape.product(spec.lm_head_bias)
+    z = tape.new("logits of a chunk in fp32", rows, spec.vocab_size, FP32, key)
+    highest = tape.new("highest logits", rows, 1, FP32)
+    del highest
+    held["at_target"] = tape.new("logits of the targets", rows, 1, FP32)
+    held["normal"] = tape.new("sum of exp", rows, 1, FP32)
+    log = tape.new("log of the sum", rows, 1, FP32)
+    losses = tape.new("losses", rows, 1, FP32)
+    del log
+    summed = tape.new("loss of a chunk", 1, 1, FP32)
+    del losses, summed
+    ones = tape.new("minus ones", rows, 1, FP32)
+    del ones, logits, z

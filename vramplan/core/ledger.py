@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from . import architecture as arch
 from . import resident
 from .allocator import Native, OutOfMemory, units
-from .expandable import allocator
+from .expandable import Expandable, allocator
+from .growth import play_grown
 from .loading import Held, Loader
 from .replay import Played, live_at_peak, play_run, workspaces
 from .timeline import play
-from .types import OPTIMIZERS, GpuProfile, Ledger, Line, ModelSpec, Peak, PhasePeak, Resident, RunSpec, Unplannable
+from .types import (
+    OPTIMIZERS,
+    GpuProfile,
+    Ledger,
+    Line,
+    Lora,
+    ModelSpec,
+    Peak,
+    PhasePeak,
+    Resident,
+    RunSpec,
+    Unplannable,
+)
 from .units import MIB, human
 from .unroll import Unrolled
 
@@ -23,11 +38,12 @@ NO_CARD = GpuProfile(
 # What a run needs at least, found in the replay, and the margin on it (docs/memory-model.md). Native: caps are tried
 # one after the other, each at least this much above the one before.
 LADDER = 1.004
-MARGIN = {"expandable": 0.01, "native": 0.03}
+MARGIN = {"expandable": 0.01, "native": 0.04}
 
 NOTABLE_PAGED_BYTES = 256 * MIB
 
 GROUPS = {
+    "weights": "weights",
     "adapter": "adapter",
     "activations": "activations",
     "loss": "loss",
@@ -96,6 +112,15 @@ def check_run(spec: ModelSpec, run: RunSpec) -> None:
         raise Unplannable("streaming of layers cannot be planned yet", "leave resident_layers out")
 
 
+@lru_cache(maxsize=16)
+def loaded(
+    spec: ModelSpec, double_quant: bool, lora: Lora, upcast: str, kind: str, random_weights: bool
+) -> tuple[Held, Native]:
+    """A fresh process before its first step. Kept, because a search tries many runs of one model: clone it."""
+    loader = Loader(allocator(kind), spec, double_quant, random_weights)
+    return loader.prepare(upcast, lora), loader.memory
+
+
 def simulate(
     spec: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None, loader: Loader | None = None, warm: bool = False
 ) -> Simulation:
@@ -106,13 +131,20 @@ def simulate(
     check_run(spec, run)
     unrolled = play(spec, run, gpu or NO_CARD)
     if loader is None:
-        loader = Loader(allocator(run.levers.allocator), spec, run.double_quant, run.random_weights)
-    memory = loader.memory
-    held = loader.prepare(run)
-    before = memory.clone()
+        held, before = loaded(
+            spec, run.double_quant, run.lora, run.levers.upcast, run.levers.allocator, run.random_weights
+        )
+        memory = before.clone()
+    else:
+        held, memory = loader.prepare(run.levers.upcast, run.lora), loader.memory
+        before = memory.clone()
     on_card, paged = resident.optimizer_bytes(spec, run.lora, run.levers)
     states = resident.state_births(spec, run)
     at_work = workspaces(unrolled)
+    if isinstance(memory, Expandable):
+        grown = play_grown(unrolled, memory, states, warm)
+        played, pinned = grown.played, grown.pinned_bytes
+        return Simulation(unrolled, held, sum(at_work), on_card, paged, played, pinned, before, tuple(states))
     others = 0 if warm else sum(at_work)
     memory.watch = units(memory.allocated + sum(states) + others + unrolled.peak_bytes() - MIB)
     played = play_run(unrolled, memory, states, warm=warm)
@@ -151,13 +183,28 @@ def _with_workspaces(sim: Simulation) -> Native:
     return memory
 
 
+def _laid_out(model: ModelSpec, run: RunSpec, card: GpuProfile) -> tuple[Simulation, Held, int]:
+    """The run; how its loading goes; by how much from_pretrained leaves more allocated than a model built by layer.
+
+    No checkpoint is at hand. The native allocator leaves tails of blocks that hang on the order in which the tensors
+    come: those of a model built layer by layer are what the run is played on, those of from_pretrained go into what
+    the card must hold (docs/decisions/0004). Expandable segments leave none.
+    """
+    if run.random_weights or run.levers.allocator == "expandable":
+        sim = simulate(model, run, card)
+        return sim, sim.held, 0
+    sim = simulate(model, replace(run, random_weights=True), card)
+    loading, _ = loaded(model, run.double_quant, run.lora, run.levers.upcast, run.levers.allocator, False)
+    return sim, loading, max(0, loading.resident.with_lora_bytes - sim.resident.with_lora_bytes)
+
+
 def estimate(model: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None) -> Ledger:
     """What every byte of `run` on `model` will be, at the highest point of a steady optimizer step.
 
     Numbers that depend on the chip are those of `gpu`, or of compute capability 8.9. Raises Unplannable.
     """
     card = gpu or NO_CARD
-    sim = simulate(model, run, card)
+    sim, loading, tails = _laid_out(model, run, card)
     phase, live = live_at_peak(sim.unrolled)
     lines = _lines(model, run, sim, live)
     allocated = sim.allocated_bytes
@@ -168,17 +215,20 @@ def estimate(model: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None) -> L
     )  # fmt: skip
     kind = run.levers.allocator
     steps = minimum_bytes(sim, kind)
-    reserved = max(sim.played.reserved_bytes, sim.held.reserved_bytes)
-    least = max(steps, min(int(sim.held.peak_bytes * (1 + MARGIN[kind])), reserved))
+    reserved = max(sim.played.reserved_bytes, loading.reserved_bytes)
+    least = max(steps + tails, min(int(loading.peak_bytes * (1 + MARGIN[kind])), reserved))
+    reserved = max(reserved, least)
     lines += [
         Line(key="overhead.allocator", label="fragmentation that cannot be avoided", bytes=steps - allocated,
              formula="smallest cap that the replay survives, with a margin", basis="modelled", group="overhead"),
-        Line(key="overhead.loading", label="loading needs more than training", bytes=least - steps,
+        Line(key="overhead.checkpoint_tails", label="tails left by loading a checkpoint", bytes=tails,
+             formula="allocator replay of from_pretrained", basis="modelled", group="overhead"),
+        Line(key="overhead.loading", label="loading needs more than training", bytes=least - steps - tails,
              formula="peak of loading and preparing, with a margin", basis="modelled", group="overhead"),
         Line(key="overhead.context", label="CUDA context", bytes=card.context_bytes,
              formula="per process and card", basis=card.context_basis, group="overhead"),
     ]  # fmt: skip
-    peaks = {"load": sim.load_peak_bytes, **sim.played.allocated}
+    peaks = {"load": loading.load_peak_bytes, **sim.played.allocated}
     return Ledger(
         model=model,
         run=run,
@@ -194,7 +244,7 @@ def estimate(model: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None) -> L
         ),
         phases=tuple(PhasePeak(name=name, peak_bytes=size) for name, size in peaks.items()),
         lines=tuple(line for line in lines if line.bytes),
-        warnings=_warnings(model, run, sim, gpu),
+        warnings=_warnings(model, run, sim, loading, gpu),
     )
 
 
@@ -218,7 +268,7 @@ def _lines(model: ModelSpec, run: RunSpec, sim: Simulation, live: list[tuple[int
             Line(key="workspace.cublas", label=LABELS["workspace.cublas"], bytes=sim.workspace_bytes,
                  formula="one per thread that multiplies", group="workspace")
         )  # fmt: skip
-    return lines + _step_lines(sim.unrolled, live)
+    return lines + step_lines(sim.unrolled, live, LABELS)
 
 
 def _state_formula(trainable: int, sim: Simulation) -> str:
@@ -226,7 +276,8 @@ def _state_formula(trainable: int, sim: Simulation) -> str:
     return f"{trainable:,} parameters, {sim.optimizer_bytes / trainable:.2f} bytes each{paged}"
 
 
-def _step_lines(unrolled: Unrolled, live: list[tuple[int, int]]) -> list[Line]:
+def step_lines(unrolled: Unrolled, live: list[tuple[int, int]], labels: dict[str, str]) -> list[Line]:
+    """The tensors that are alive, (index into `unrolled.info`, how many), as one row for each key."""
     sizes: dict[str, int] = {}
     tensors: dict[str, dict[tuple[str, int, int, str], tuple[int, int]]] = {}
     for ident, count in live:
@@ -236,7 +287,7 @@ def _step_lines(unrolled: Unrolled, live: list[tuple[int, int]]) -> list[Line]:
         n, total = group.get((name, rows, columns, dtype), (0, 0))
         group[name, rows, columns, dtype] = (n + count, total + size * count)
     return [
-        Line(key=key, label=LABELS.get(key, key), bytes=size, formula=_formula(tensors[key]),
+        Line(key=key, label=labels.get(key, key), bytes=size, formula=_formula(tensors[key]),
              group=GROUPS[key.split(".")[0]])
         for key, size in sizes.items()
     ]  # fmt: skip
@@ -271,15 +322,17 @@ def _expert_warnings(model: ModelSpec, run: RunSpec) -> list[str]:
     return out
 
 
-def _warnings(model: ModelSpec, run: RunSpec, sim: Simulation, gpu: GpuProfile | None) -> tuple[str, ...]:
+def _warnings(
+    model: ModelSpec, run: RunSpec, sim: Simulation, loading: Held, gpu: GpuProfile | None
+) -> tuple[str, ...]:
     out = []
     if not all(x.quantised for x in arch.layer_linears(model)):
         out.append(f"transformers leaves the Linears of {model.model_type} unquantised: the weights stay bf16")
     if model.num_experts:
         out += _expert_warnings(model, run)
-    if sim.load_peak_bytes > sim.allocated_bytes:
+    if loading.load_peak_bytes > sim.allocated_bytes:
         out.append("loading, not training, is the highest point of this run")
-    elif sim.held.peak_bytes > sim.allocated_bytes:
+    elif loading.peak_bytes > sim.allocated_bytes:
         out.append("casting to float32 (upcast), not training, is the highest point of this run")
     if gpu is not None and gpu.compute_capability < (8, 0):
         out.append(f"{gpu.name} has no bf16 tensor cores: this plan assumes bf16")

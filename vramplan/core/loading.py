@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from . import architecture as arch
 from .allocator import Native, Op, units
-from .types import Lora, ModelSpec, Resident, RunSpec
+from .types import Lora, ModelSpec, Resident
 
 NF4_CODE_BYTES, NESTED_CODE_BYTES = 64, 1024
 
@@ -45,15 +45,15 @@ class Loader:
         self._named: list[tuple[str, int, int]] = []  # what `_ops` adds to `plain`
         self._keys = 0
 
-    def prepare(self, run: RunSpec) -> Held:
+    def prepare(self, upcast: str, lora: Lora) -> Held:
         """Load, prepare, wrap, empty the cache: the state in which the first step finds the card."""
         memory = self.memory
         memory.reset_peaks()
         self.load()
         loaded, load_peak, cached = memory.allocated, memory.peak_allocated, memory.reserved
-        self.upcast(run.levers.upcast)
+        self.upcast(upcast)
         prepared = memory.allocated
-        self.add_lora(run.lora)
+        self.add_lora(lora)
         peak, reserved = memory.peak_allocated, memory.peak_reserved
         memory.empty_cache()  # Trainer, through accelerate's `free_memory`
         found = Resident(loaded_bytes=loaded, prepared_bytes=prepared, with_lora_bytes=memory.allocated)

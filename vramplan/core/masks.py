@@ -16,10 +16,9 @@ def padded(run: RunSpec) -> bool:
     return run.padding and run.levers.loss == "full"
 
 
-def mask_batch(run: RunSpec) -> int:
-    """How many sequences a bool mask is made for: all if the model is given an `attention_mask`, else 1, expanded."""
-    given = run.driver == "trainer" and run.levers.loss == "full"
-    return run.micro_batch_size if given or padded(run) else 1
+def mask_given(run: RunSpec) -> bool:
+    """Whether the model is given an `attention_mask`: a bool mask is then made for every sequence, else for one."""
+    return padded(run) or (run.driver == "trainer" and run.levers.loss == "full")
 
 
 def always_masked(spec: ModelSpec, run: RunSpec) -> bool:
@@ -35,8 +34,9 @@ def is_local(spec: ModelSpec, run: RunSpec, layer: int) -> bool:
 
 
 def mask_kind(spec: ModelSpec, run: RunSpec, layer: int) -> bool:
-    """Which of two masks a layer takes: eager attention makes one for each kind of layer, however long the window."""
-    if run.levers.attention == "eager" and spec.layer_types:
+    """Which of two masks a layer takes: eager attention, and padding, make one for each kind of layer, however long the
+    window."""
+    if spec.layer_types and (run.levers.attention == "eager" or padded(run)):
         return spec.layer_types[layer % len(spec.layer_types)] == "sliding_attention"
     return is_local(spec, run, layer)
 

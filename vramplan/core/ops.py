@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .tape import Node, Tape, Tensor
+from .tape import Leaf, Node, Tape, Tensor
 from .types import Unplannable
 
 Grads = Sequence[Tensor | None]
@@ -22,6 +22,13 @@ def wider(a: str, b: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- elementwise
+def like(tape: Tape, x: Tensor, name: str, columns: int | None = None, dtype: str = "") -> Tensor:
+    """A new tensor that lies in memory as x does: what elementwise kernels return (ATen TensorIterator)."""
+    out = tape.new(name, x.rows, x.columns if columns is None else columns, dtype or x.dtype)
+    out.by_head = x.by_head
+    return out
+
+
 def cast(tape: Tape, x: Tensor, dtype: str, name: str = "cast") -> Tensor:
     """`x.to(dtype)`: a copy, or x itself."""
     if x.dtype == dtype:
@@ -30,14 +37,14 @@ def cast(tape: Tape, x: Tensor, dtype: str, name: str = "cast") -> Tensor:
     node = None
     if x.node is not None:
         node = Node(tape, (x,), lambda g, n: (cast_data(tape, _first(g), source, "gradient cast"),))
-    out = tape.new(name, x.rows, x.columns, dtype)
+    out = like(tape, x, name, dtype=dtype)
     out.node = node
     return out
 
 
 def cast_data(tape: Tape, x: Tensor, dtype: str, name: str) -> Tensor:
     """A cast outside the graph."""
-    return x if x.dtype == dtype else tape.new(name, x.rows, x.columns, dtype)
+    return x if x.dtype == dtype else like(tape, x, name, dtype=dtype)
 
 
 def _first(grads: Grads) -> Tensor:
@@ -56,11 +63,12 @@ def unary(tape: Tape, x: Tensor, name: str, *, saves: str = "none", columns: int
             grad = _first(g)
             saved = n.take(0) if saves != "none" else None
             result = tape.new("gradient of " + name, rows, wide, grad.dtype)
+            result.by_head = grad.by_head
             del saved
             return (result,)
 
         node = Node(tape, (x,), backward, (x,) if saves == "input" else ())
-    out = tape.new(name, x.rows, x.columns if columns is None else columns, x.dtype)
+    out = like(tape, x, name, columns)
     if node is not None:
         if saves == "result":
             node.save(tape, out)
@@ -79,11 +87,12 @@ def square(tape: Tape, x: Tensor, name: str = "square") -> Tensor:
             power = tape.new("x to the exponent - 1", rows, columns, FP32)
             twice = tape.new("exponent * that", rows, columns, FP32)
             grad = tape.new("gradient of " + name, rows, columns, FP32)
+            grad.by_head = _first(g).by_head
             del power, twice, held
             return (grad,)
 
         node = Node(tape, (x,), backward, (x,))
-    out = tape.new(name, x.rows, x.columns, x.dtype)
+    out = like(tape, x, name)
     out.node = node
     return out
 
@@ -104,40 +113,47 @@ def activation(tape: Tape, x: Tensor, kind: str, name: str = "activation") -> Te
     inner = add(tape, x, inner)
     inner = unary(tape, inner, "sqrt(2/pi) * sum")
     inner = unary(tape, inner, "tanh", saves="result")
-    inner = unary(tape, inner, "1 + tanh")
+    inner = plus_number(tape, inner, "1 + tanh")
     return mul(tape, half, inner, name)
 
 
-def mean_last(tape: Tape, x: Tensor) -> Tensor:
-    """`x.mean(-1, keepdim=True)`; its backward expands (a view) and divides (a full tensor)."""
-    return unary(tape, x, "mean", columns=1)
+def to_both(grads: Grads, node: Node) -> Grads:
+    """The gradient as it is, to each input that wants one."""
+    return [_first(grads).detach() if node.needs(i) else None for i in (0, 1)]
 
 
 def add(tape: Tape, a: Tensor, b: Tensor, name: str = "sum") -> Tensor:
     """`a + b`; both get the same gradient."""
     node = None
     if a.node is not None or b.node is not None:
-        node = Node(tape, (a, b), lambda g, n: (_first(g).detach(), _first(g).detach()))
-    out = tape.new(name, a.rows, a.columns, wider(a.dtype, b.dtype))
+        node = Node(tape, (a, b), to_both)
+    out = like(tape, a, name, dtype=wider(a.dtype, b.dtype))
     out.node = node
     return out
+
+
+def plus_number(tape: Tape, x: Tensor, name: str) -> Tensor:
+    """`x + number`: the gradient goes through as it is."""
+    return clone(tape, x, name)
 
 
 def add_(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
     """`a += b`: the sum takes the place of a, in a's dtype."""
     if a.node is None and b.node is None:
         return a
-    node = Node(tape, (a, b), lambda g, n: (_first(g).detach(), _first(g).detach()))
-    return Tensor(a.storage, a.rows, a.columns, a.dtype, node)
+    out = Tensor(a.storage, a.rows, a.columns, a.dtype, Node(tape, (a, b), to_both))
+    out.by_head = a.by_head
+    return out
 
 
 def scale_(tape: Tape, x: Tensor, name: str) -> Tensor:
     """`x /= number`: in place; the gradient is a tensor of its own."""
     if x.node is None:
         return x
-    rows, columns = x.rows, x.columns
-    node = Node(tape, (x,), lambda g, n: (tape.new(f"gradient of {name}", rows, columns, _first(g).dtype),))
-    return Tensor(x.storage, rows, columns, x.dtype, node)
+    node = Node(tape, (x,), lambda g, n: (like(tape, _first(g), f"gradient of {name}"),))
+    out = Tensor(x.storage, x.rows, x.columns, x.dtype, node)
+    out.by_head = x.by_head
+    return out
 
 
 def clamp_(tape: Tape, x: Tensor, name: str) -> Tensor:
@@ -148,10 +164,10 @@ def clamp_(tape: Tape, x: Tensor, name: str) -> Tensor:
 
     def backward(g: Grads, n: Node) -> Grads:
         held = n.take(0)
-        masks = [tape.new(f"{name} inside", rows, columns, "bool") for _ in range(2)]
-        del masks[1]
-        grad = tape.new(f"gradient of {name} clamped", rows, columns, _first(g).dtype)
-        del held, masks
+        zero = tape.new("0", 1, 1, _first(g).dtype)
+        masks = [tape.new(f"{name} {where}", rows, columns, "bool") for where in (">= min", "<= max")]
+        grad = like(tape, _first(g), f"gradient of {name} clamped")
+        del held, masks, zero
         return (grad,)
 
     node = Node(tape, (x,), backward, (tape.new(f"{name} before clamp", rows, columns, x.dtype),))
@@ -163,19 +179,18 @@ def mul(tape: Tape, a: Tensor, b: Tensor, name: str = "product") -> Tensor:
     result = wider(a.dtype, b.dtype)
     node = None
     if a.node is not None or b.node is not None:
-        rows, columns = a.rows, a.columns
         saved = ([b] if a.node is not None else []) + ([a] if b.node is not None else [])
         count = len(saved)
 
         def backward(g: Grads, n: Node) -> Grads:
             held = [n.take(i) for i in range(count)]
-            dtype = _first(g).dtype
-            out = [tape.new("gradient of " + name, rows, columns, dtype) if n.needs(i) else None for i in (0, 1)]
+            grad = _first(g)
+            out = [like(tape, grad, "gradient of " + name) if n.needs(i) else None for i in (0, 1)]
             del held
             return out
 
         node = Node(tape, (a, b), backward, saved)
-    out = tape.new(name, a.rows, a.columns, result)
+    out = like(tape, a, name, dtype=result)
     out.node = node
     return out
 
@@ -196,7 +211,7 @@ def dropout(tape: Tape, x: Tensor, p: float) -> Tensor:
 
         node = Node(tape, (x,), backward)
     mask = tape.new("dropout mask", x.rows, x.columns, "bool")  # the mask first: native/cuda/Dropout.cu
-    out = tape.new("dropout", x.rows, x.columns, x.dtype)
+    out = like(tape, x, "dropout")
     if node is not None:
         node.save(tape, mask)
         out.node = node
@@ -209,8 +224,10 @@ def linear(tape: Tape, x: Tensor, weight: Tensor, name: str, bias: bool = False)
 
     A float32 input or weight is copied to bf16 first; autocast keeps the copies of trainable weights until it ends.
     """
-    x = cast(tape, x, BF16, name + " input in bf16")
+    source = x  # the caller's, until this returns; the compiler evaluates the arguments from the right
+    vector = tape.new(name + " bias in bf16", 1, weight.rows, BF16) if bias and weight.dtype != BF16 else None
     w = _autocast_weight(tape, weight, name)
+    x = _autocast_input(tape, x, name)
     node = None
     if x.node is not None or w.node is not None:
         rows, n_in, n_out = x.rows, x.columns, w.rows
@@ -231,12 +248,22 @@ def linear(tape: Tape, x: Tensor, weight: Tensor, name: str, bias: bool = False)
             return out
 
         node = Node(tape, (x, w), backward, saved)
-    vector = tape.new(name + " bias in bf16", 1, w.rows, BF16) if bias and weight.dtype != BF16 else None
     out = tape.new(name, x.rows, w.rows, BF16)
     tape.product(bias)
-    del vector
+    del vector, source
     out.node = node
     return out
+
+
+def _autocast_input(tape: Tape, x: Tensor, name: str) -> Tensor:
+    """A copy in bf16, kept until autocast ends if x is a leaf that requires a gradient: the embedding's output, where
+    a checkpointed first layer has no norm before it (autocast_mode.cpp, `cached_cast`)."""
+    leaf = isinstance(x.node, Leaf) and x.node.variable is not None
+    if x.dtype == BF16 or not leaf or tape.cast_cache is None:
+        return cast(tape, x, BF16, name + " input in bf16")
+    if id(x.node) not in tape.cast_cache:
+        tape.cast_cache[id(x.node)] = cast(tape, x, BF16, name + " input in bf16")
+    return tape.cast_cache[id(x.node)]
 
 
 def _autocast_weight(tape: Tape, weight: Tensor, name: str) -> Tensor:
@@ -358,97 +385,6 @@ def lora_output(tape: Tape, x: Tensor, lora: tuple[Tensor, Tensor], name: str, p
 def clone(tape: Tape, x: Tensor, name: str) -> Tensor:
     """`x.clone()`, or a `reshape` that has to copy: the gradient goes through as it is."""
     node = None if x.node is None else Node(tape, (x,), lambda g, n: (_first(g).detach(),))
-    out = tape.new(name, x.rows, x.columns, x.dtype)
+    out = like(tape, x, name)
     out.node = node
-    return out
-
-
-# --------------------------------------------------------------------------------------------------------- norms
-def rmsnorm(tape: Tape, hidden_states: Tensor, weight: str, gemma: bool = False, late_cast: bool = False) -> Tensor:
-    """`LlamaRMSNorm.forward`, `Gemma2RMSNorm.forward`, `Olmo2RMSNorm.forward` (`late_cast`: weight first, then cast).
-
-    `weight` is the dtype of the norm's weight.
-    """
-    input_dtype = hidden_states.dtype
-    if gemma:
-        output = _gemma_norm(tape, cast(tape, hidden_states, FP32, "norm input in fp32"))
-        scale = tape.new("1 + weight", 1, output.columns, FP32)
-        output = mul(tape, output, scale, "norm scaled")
-        return cast(tape, output, input_dtype, "norm")
-    hidden_states = cast(tape, hidden_states, FP32, "norm input in fp32")
-    variance = mean_last(tape, square(tape, hidden_states))
-    hidden_states = mul(
-        tape, hidden_states, unary(tape, unary(tape, variance, "variance + eps"), "rsqrt", saves="result"), "normed"
-    )
-    frozen = tape.constant(1, hidden_states.columns, weight)
-    if late_cast:
-        return cast(tape, mul(tape, hidden_states, frozen, "norm in fp32"), input_dtype, "norm")
-    return mul(tape, cast(tape, hidden_states, input_dtype, "normed in bf16"), frozen, "norm")
-
-
-def _gemma_norm(tape: Tape, x: Tensor) -> Tensor:
-    variance = unary(tape, mean_last(tape, square(tape, x)), "variance + eps")
-    return mul(tape, x, unary(tape, variance, "rsqrt", saves="result"), "normed")
-
-
-def cohere_norm(tape: Tape, hidden_states: Tensor, weight: str) -> Tensor:
-    """`CohereLayerNorm.forward`: a layer norm without bias written out in float32 and cast back."""
-    input_dtype, columns = hidden_states.dtype, hidden_states.columns
-    hidden_states = cast(tape, hidden_states, FP32, "norm input in fp32")
-    mean = mean_last(tape, hidden_states)
-    variance = mean_last(tape, square(tape, subtract(tape, hidden_states, mean, "centred")))
-    hidden_states = mul(
-        tape,
-        subtract(tape, hidden_states, mean, "centred"),
-        unary(tape, unary(tape, variance, "variance + eps"), "rsqrt", saves="result"),
-        "normed",
-    )
-    scale = tape.constant(1, columns, FP32)
-    if weight == BF16:
-        scale = tape.new("norm weight in fp32", 1, columns, FP32)
-    hidden_states = mul(tape, hidden_states, scale, "norm in fp32")
-    return cast(tape, hidden_states, input_dtype, "norm")
-
-
-def subtract(tape: Tape, a: Tensor, b: Tensor, name: str) -> Tensor:
-    """`a - b` with b [rows, 1]: its gradient is negated in full before it is summed."""
-    node = None
-    if a.node is not None or b.node is not None:
-
-        def backward(g: Grads, n: Node) -> Grads:
-            grad = _first(g)
-            negative = tape.new(f"- gradient of {name}", grad.rows, grad.columns, grad.dtype)
-            return grad.detach(), negative
-
-        node = Node(tape, (a, b), backward)
-    out = tape.new(name, a.rows, a.columns, a.dtype)
-    out.node = node
-    return out
-
-
-def layernorm(tape: Tape, x: Tensor, weight: str) -> Tensor:
-    """`F.layer_norm` under autocast: float32 in and out on CUDA; saves its float32 input, mean and 1/std.
-
-    `weight` is the dtype of weight and bias; "" if there is neither (OLMo).
-    """
-    x = cast(tape, x, FP32, "norm input in fp32")
-    node = None
-    if x.node is not None:
-        rows, columns = x.rows, x.columns
-
-        def backward(g: Grads, n: Node) -> Grads:
-            held = [n.take(i) for i in range(3)]
-            grad = tape.new("gradient of norm", rows, columns, FP32)
-            del held
-            return (grad,)
-
-        node = Node(tape, (x,), backward, (x,))
-    casts = [tape.new("norm weight in fp32", 1, x.columns, FP32) for _ in range(2)] if weight == BF16 else []
-    out = tape.new("norm", x.rows, x.columns, FP32)
-    stats = [tape.new("norm statistics", x.rows, 1, FP32) for _ in range(2)]
-    if node is not None:
-        for t in stats:
-            node.save(tape, t)
-        out.node = node
-    del casts
     return out

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import architecture as arch
-from .attention import batched, bmm, chunk, expand_heads, narrow, pick, rotary, sdpa, softmax
-from .ops import BF16, add, add_, cast, clone, scale_
+from .attention import chunk, contiguous, expand_heads, heads_of, matmul, narrow, pick, rotary, sdpa, softmax
+from .ops import add, add_, clone, scale_
 from .sublayers import attention, mlp
 from .tape import Tensor
 
@@ -37,7 +37,8 @@ def neox_block(p: Player, hidden_states: Tensor) -> Tensor:
 def neox_attention(p: Player, hidden_states: Tensor) -> Tensor:
     """`GPTNeoXAttention.forward`."""
     qkv = p.linear(hidden_states, "query_key_value")
-    query_states, key_states, value_states = chunk(p.tape, qkv, 3, "qkv")
+    qkv = heads_of(p.tape, qkv, p.spec.num_heads)
+    query_states, key_states, value_states = chunk(p.tape, qkv, 3, "qkv", by_head=True)
     query_states, key_states = rotary(
         p.tape,
         query_states,
@@ -123,14 +124,13 @@ def falcon_attention(p: Player, hidden_states: Tensor) -> tuple[Tensor, Tensor |
     attention_scores = None
     if p.run.levers.attention == "eager":
         attn_output, attention_scores = falcon_eager(p, query_layer, key_layer, value_layer)
-        attn_output = clone(tape, attn_output, "attention by token")
+        attn_output = contiguous(tape, attn_output, "attention by token")
     else:
         flash = p.run.levers.attention == "flash_attention_2"
         kernel = "flash" if flash else p.kernels[True]
         mask = None if flash else p.shared.mask
         attn_output = sdpa(tape, query_layer, key_layer, value_layer, p.heads, kernel, mask)
-        if kernel == "math":
-            attn_output = clone(tape, attn_output, "attention by token")
+        attn_output = contiguous(tape, attn_output, "attention by token")
     attn_output = p.linear(attn_output, "dense")
     return attn_output, attention_scores
 
@@ -159,15 +159,10 @@ def falcon_eager(p: Player, query: Tensor, key: Tensor, value: Tensor) -> tuple[
     tape, heads, mask = p.tape, p.heads, p.shared.mask
     assert mask is not None  # eager attention always has one
     rows, group = heads.batch * heads.query * heads.seq, heads.query // heads.key
-    q, k = cast(tape, query, BF16, "q in bf16"), cast(tape, key, BF16, "k in bf16")
-    q, k = batched(tape, q, heads, "q"), batched(tape, expand_heads(tape, k, group), heads, "k")
-    attention_scores = bmm(tape, q, k, rows, heads.seq, "q k")
-    del q, k
+    attention_scores = matmul(tape, query, key, heads, rows, heads.seq, "q k", group)
     attention_scores = scale_(tape, attention_scores, "attention scores scaled")
     attention_scores = softmax(
         tape, add(tape, attention_scores, mask, "attention scores masked"), "attention probabilities"
     )
-    probabilities = cast(tape, attention_scores, BF16, "attention probabilities in bf16")
-    v = batched(tape, expand_heads(tape, cast(tape, value, BF16, "v in bf16"), group), heads, "v")
-    attn_output = bmm(tape, probabilities, v, query.rows, query.columns, "attention")
+    attn_output = matmul(tape, attention_scores, value, heads, query.rows, query.columns, "attention", group)
     return attn_output, attention_scores

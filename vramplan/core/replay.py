@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .allocator import GRANULE, Native, Op
+from .allocator import GRANULE, Native
 from .tape import WORKSPACE_KEY
-from .unroll import LAYER_SHIFT, Unrolled
+from .unroll import LAYER_SHIFT, Change, Unrolled
 
 STATE_SECTION = ("optimizer", "start")
 
@@ -33,26 +33,19 @@ def play_run(unrolled: Unrolled, memory: Native, states: Sequence[int], steps: i
     already, from another run of the same process.
     """
     memory.reset_peaks()
-    compiled: dict[int, list[Op]] = {}
-    played = play_step(unrolled, memory, states, not warm, compiled)
+    played = play_step(unrolled, memory, states, not warm)
     held = played.states
     for _ in range(steps - 1):
-        played = play_step(unrolled, memory, compiled=compiled)
+        played = play_step(unrolled, memory)
     played.reserved_bytes, played.states = memory.peak_reserved, held
     return played
 
 
-def play_step(
-    unrolled: Unrolled,
-    memory: Native,
-    states: Sequence[int] = (),
-    first: bool = False,
-    compiled: dict[int, list[Op]] | None = None,
-) -> Played:
-    """One optimizer step. `first`: it makes the workspaces. `compiled` is shared by the steps of one run."""
+def play_step(unrolled: Unrolled, memory: Native, states: Sequence[int] = (), first: bool = False) -> Played:
+    """One optimizer step. `first`: it makes the workspaces."""
     played = Played()
     live: dict[int, int] = {}
-    compiled = {} if compiled is None else compiled
+    written = unrolled.written
     phase = ""
     sizes = [row[5] // GRANULE for row in unrolled.info]
     memory.most_in_use = memory.in_use
@@ -64,9 +57,9 @@ def play_step(
             born: dict[int, int] = {}
             memory.run([(i, size // GRANULE, False) for i, size in enumerate(states)], 0, born)
             played.states = list(born.values())
-        ops = compiled.get(id(changes))
+        ops = written.get(id(changes))
         if ops is None:
-            ops = compiled[id(changes)] = [(key, sizes[e] if e > 0 else 0, relative) for e, key, relative in changes]
+            ops = written[id(changes)] = [(key, sizes[e] if e > 0 else 0, relative) for e, key, relative in changes]
         memory.run(ops, layer << LAYER_SHIFT, live)
     _close(played, phase, memory)
     played.reserved_bytes = memory.reserved
@@ -86,26 +79,33 @@ def workspaces(unrolled: Unrolled) -> list[int]:
 
 def live_at_peak(unrolled: Unrolled) -> tuple[str, list[tuple[int, int]]]:
     """(phase, [(info index, how many)]) of the tensors alive at the step's highest point."""
-    info = unrolled.info
     top, last = unrolled.highest()
     alive: dict[int, int] = {}
+    crossing: dict[int, list[Change]] = {}
     now = 0
     phase = ""
-    for number, (section, layer, changes) in enumerate(unrolled.steps()):
-        phase = section.phase
-        shift = layer << LAYER_SHIFT
-        for event, key, relative in changes:
-            name = key + shift if relative else key
-            if event > 0:
-                alive[name] = event
-                now += info[event][5]
-            else:
-                del alive[name]
-                now -= info[-event][5]
-            if number == last and now == top:
-                break
+    for number, (section, layer) in enumerate(unrolled.order):
+        phase, shift = section.phase, layer << LAYER_SHIFT
+        net, _, events = unrolled.totals[id(section)]
         if number == last:
             break
+        if id(section) not in crossing:
+            crossing[id(section)] = [c for c in unrolled.changes(section, events) if c[1] >= 0]
+        for event, key, relative in crossing[id(section)]:
+            if event > 0:
+                alive[key + shift if relative else key] = event
+            else:
+                del alive[key + shift if relative else key]
+        now += net
+    for event, key, relative in unrolled.changes(section, section.events):
+        if now == top:
+            break
+        if event > 0:
+            if key >= 0:
+                alive[key + shift if relative else key] = event
+        else:
+            del alive[key + shift if relative else key]
+        now += unrolled.deltas[event]
     counts: dict[int, int] = {}
     for event in alive.values():
         counts[event] = counts.get(event, 0) + 1

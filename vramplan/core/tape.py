@@ -66,16 +66,18 @@ class Storage:
 class Tensor:
     """A tensor of `rows` x `columns` elements. `node` made it; None for constants, a leaf's node accumulates.
 
-    `base` is the tensor that a view of torch's keeps alive, and by which it does not own its storage alone.
+    `base` is the tensor that a view of torch's keeps alive, and by which it does not own its storage alone. `by_head`:
+    [B, h, S, D] lies so in memory; else it is the transposed view of heads that lie token by token, [B, S, h, D].
     """
 
-    __slots__ = ("__weakref__", "base", "columns", "dtype", "node", "output", "rows", "storage")
+    __slots__ = ("__weakref__", "base", "by_head", "columns", "dtype", "node", "output", "rows", "storage")
 
     def __init__(
         self, storage: Storage | None, rows: int, columns: int, dtype: str, node: Node | None = None, output: int = 0
     ) -> None:
         self.storage = storage  # None: resident, counted elsewhere
         self.base: Tensor | None = None
+        self.by_head = False
         self.rows = rows
         self.columns = columns
         self.dtype = dtype
@@ -93,7 +95,9 @@ class Tensor:
         return view
 
     def detach(self) -> Tensor:
-        return Tensor(self.storage, self.rows, self.columns, self.dtype)
+        tensor = Tensor(self.storage, self.rows, self.columns, self.dtype)
+        tensor.by_head = self.by_head
+        return tensor
 
 
 class Slot:
@@ -264,7 +268,8 @@ class Tape:
         if frame.offloaded:
             x = self.new("layer input back from the host", x.rows, x.columns, x.dtype, "activations.checkpoints")
         if frame.input.node is not None:
-            x.node = Leaf(self)  # the recomputation has no history beyond its input
+            # the recomputation has no history beyond its input; a leaf is one here too
+            x.node = Leaf(self, variable=getattr(frame.input.node, "variable", None))
         self.replay = (frame, [0])
         try:
             frame.fn(x)
@@ -317,9 +322,13 @@ class Tape:
             if edge is None or grad is None:
                 continue
             if grad.rows * grad.columns != edge[2] * edge[3]:
+                by_head = grad.by_head
                 grad = self.new("gradient summed", edge[2], edge[3], grad.dtype)
+                grad.by_head = by_head
             if grad.dtype != edge[4]:
+                by_head = grad.by_head
                 grad = self.new("gradient cast", edge[2], edge[3], edge[4])
+                grad.by_head = by_head
             results[i] = grad
         node.saved = None
         node.fn = None
@@ -354,4 +363,6 @@ def _accumulate(tape: Tape, buffers: dict[Node, list[Tensor | None]], node: Node
     # in place when nobody else sees the first gradient (input_buffer.cpp, can_accumulate_inplace)
     if sys.getrefcount(held) <= _SOLE and sys.getrefcount(held.storage) <= _SOLE - 1:
         return
-    slots[output] = tape.new("gradient sum", held.rows, held.columns, held.dtype)
+    total = tape.new("gradient sum", held.rows, held.columns, held.dtype)
+    total.by_head = held.by_head
+    slots[output] = total

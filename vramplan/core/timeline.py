@@ -15,9 +15,10 @@ from math import lcm
 
 from . import architecture as arch
 from .blocks import Player, Shared, block
-from .head import chunked_loss, full_loss
-from .masks import always_masked, mask_batch, mask_kind, padded, pattern_period
+from .head import chunked_loss, full_loss, labelled_rows
+from .masks import always_masked, mask_given, mask_kind, padded, pattern_period
 from .ops import BF16, FP32, dropout, unary
+from .tables import make_mask, position_ids, rotary_tables
 from .tape import Leaf, Recorder, Tape, Tensor
 from .types import GpuProfile, ModelSpec, RunSpec
 from .unroll import Unrolled
@@ -41,8 +42,9 @@ def checkpoint_period(checkpointing: str) -> int:
 class Step:
     """One optimizer step on the played depth. Adapter gradients and inputs live here, as they do in the trainer."""
 
-    def __init__(self, spec: ModelSpec, run: RunSpec, gpu: GpuProfile) -> None:
+    def __init__(self, spec: ModelSpec, run: RunSpec, gpu: GpuProfile, depth: int = 0) -> None:
         self.spec = spec
+        self.depth = depth or spec.num_layers  # of the model, of which `spec.num_layers` are played
         self.run = run
         self.rec = Recorder()
         self.tape = Tape(self.rec, gpu.compute_capability)
@@ -73,13 +75,13 @@ class Step:
             kept = None
         self.rec.mark("optimizer start")
         self.optimizer()
-        del kept
         self.rec.mark("optimizer zero_grad")
         for layer in self.adapters:
             for pair in layer.values():
                 for weight in pair:
                     assert isinstance(weight.node, Leaf)
                     weight.node.grad = None
+        del kept
         self.rec.mark("end")
 
     def micro_step(self) -> object:
@@ -93,6 +95,8 @@ class Step:
             batch = [
                 tape.new(name, run.micro_batch_size, run.seq_len, "int64") for name in ("labels", "attention_mask")
             ]
+            if run.levers.loss == "full":
+                batch.append(tape.new("num_items_in_batch", 1, 1, "int64"))
         self.rec.mark("forward embed")
         tape.in_backward = False
         tape.cast_cache = {}
@@ -107,7 +111,9 @@ class Step:
         root = loss[0]
         del loss
         tape.layer = -1
-        tape.backward(root, tape.new("gradient of the loss", 1, 1, FP32))
+        seed = tape.new("gradient of the loss", 1, 1, FP32)  # torch.autograd.backward holds it until it returns
+        tape.backward(root, seed)
+        del seed
         tape.layer = -1
         self.rec.mark("backward end")
         self.player.forget()
@@ -129,69 +135,66 @@ class Step:
         tape, hidden = self.tape, self.spec.hidden_size
         inputs = tape.new("inputs_embeds", tokens, hidden, self.wide)
         if self.spec.model_type.startswith("gemma"):
+            scale = tape.new("embed_scale in fp32", 1, 1, FP32) if self.wide == FP32 else None
             inputs = unary(tape, inputs, "inputs_embeds scaled")
+            del scale
         if self.run.levers.checkpointing != "none":
             inputs.node = Leaf(tape, variable=inputs.detach())
         if self.spec.model_type == "granite":
             inputs = unary(tape, inputs, "inputs_embeds scaled")
-        return dropout(tape, inputs, self.spec.embedding_dropout)
+        return inputs
 
     def forward(self, tokens: int) -> list[Tensor]:
         """Decoder, final norm, head and loss: [loss] or [loss, logits] as the model returns them."""
+        labelled = labelled_rows(self.tape, self.run) if self.run.levers.loss == "fused" else None
         last_hidden_state = self.decoder(tokens)
         self.tape.layer = -1
         self.rec.scope = "loss.logits"
-        if self.run.levers.loss == "fused":
-            return [chunked_loss(self.tape, self.spec, last_hidden_state, self.wide, self.run.micro_batch_size)]
-        return full_loss(self.tape, self.spec, last_hidden_state, self.wide)
+        if labelled is not None:
+            return [chunked_loss(self.tape, self.spec, last_hidden_state, labelled, self.wide)]
+        return full_loss(self.tape, self.spec, self.run, last_hidden_state, self.wide)
 
     def decoder(self, tokens: int) -> Tensor:
         tape, player, spec = self.tape, self.player, self.spec
         inputs_embeds = self.embed(tokens)
-        tables = self.rotary_tables()
+        positions = position_ids(tape, self.run)
         masks = self.masks()
+        inputs_embeds = dropout(tape, inputs_embeds, spec.embedding_dropout)
+        tables = rotary_tables(tape, spec, self.run, self.wide)
         hidden_states = inputs_embeds
         for index in range(spec.num_layers):
             tape.layer = index
             self.rec.mark(f"forward {index}")
             player.adapters = self.adapters[index]
             cos, sin = tables[arch.rotary_kind(spec, index)]
-            player.shared = Shared(cos, sin, masks.get(mask_kind(spec, self.run, index)))
+            player.shared = Shared(cos, sin, masks.get(mask_kind(spec, self.run, index)), positions)
             hidden_states = self.layer(index, hidden_states)
         tape.layer = -1
         self.rec.mark("forward head")
-        player.forget()
-        del tables, masks, cos, sin
         self.rec.scope = "activations.head"
-        return player.norm(hidden_states)
-
-    def rotary_tables(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """cos and sin for each kind of layer."""
-        spec = self.spec
-        width = int(spec.head_dim * spec.partial_rotary_factor)
-        dtype = FP32 if spec.model_type in ("olmo", "olmo2", "olmo3") else self.wide
-        return {
-            kind: (
-                self.tape.new("cos", self.run.seq_len, width, dtype),
-                self.tape.new("sin", self.run.seq_len, width, dtype),
-            )
-            for kind in arch.rotary_kinds(spec)
-        }
+        last_hidden_state = player.norm(hidden_states)
+        player.forget()
+        return last_hidden_state
 
     def masks(self) -> dict[bool, Tensor]:
         """The masks of the forward, one for the global layers and one for the local, where there must be one."""
-        run, seq = self.run, self.run.seq_len
-        kinds = {mask_kind(self.spec, run, layer) for layer in range(self.spec.num_layers)}
+        run = self.run
+        spec = self.spec
+        kinds = {mask_kind(spec, run, layer) for layer in range(spec.num_layers)}
         eager = run.levers.attention == "eager"
-        if eager and self.spec.layer_types and self.spec.model_type in BOTH_MASKS:
+        if spec.layer_types and spec.model_type in BOTH_MASKS:
             kinds = {False, True}
-        rows = seq * (run.micro_batch_size if eager else mask_batch(run))  # eager's `where` writes every sequence
-        dtype = self.wide if eager else "bool"
-        return {
-            local: self.tape.new("local mask" if local else "causal mask", rows, seq, dtype)
-            for local in sorted(kinds)
-            if eager or local or padded(run) or always_masked(self.spec, run)
-        }
+        elif spec.layer_types:
+            kinds = {kind == "sliding_attention" for kind in spec.layer_types[: spec.num_layers]}
+        short = spec.sliding_window is None or run.seq_len < spec.sliding_window
+        masks = {}
+        for local in sorted(kinds):
+            if eager or (local and not short) or padded(run) or always_masked(spec, run):
+                masks[local] = make_mask(self.tape, run, self.wide, local, mask_given(run))
+            elif mask_given(run):  # looked at, and left to `is_causal`
+                looked_at = self.tape.new("attention mask as bool", run.micro_batch_size, run.seq_len, "bool")
+                del looked_at
+        return masks
 
     def layer(self, index: int, hidden_states: Tensor) -> Tensor:
         player, tape = self.player, self.tape
@@ -204,25 +207,71 @@ class Step:
 
         def run(hidden_states: Tensor) -> Tensor:
             self.rec.scope = "activations.layers"
-            player.adapters, player.shared = adapters, shared
-            return block(player, hidden_states)
+            before, player.adapters, player.shared = player.shared, adapters, shared
+            try:
+                return block(player, hidden_states)
+            finally:
+                player.shared = before  # the checkpoint's closure alone keeps it
 
         return tape.checkpoint(run, hidden_states, self.run.levers.checkpoint_offload)
 
     def optimizer(self) -> None:
         """Clipping (small norms) and what the optimizer's kernels allocate on the way."""
         if self.run.driver == "trainer":
-            self._for_each_weight("gradient norm", whole=False)
+            self._clip_gradients()
         if self.run.levers.optimizer == "adamw_torch":  # foreach: the square root of every second moment at once
             self._for_each_weight("sqrt(exp_avg_sq)", whole=True)
         elif self.run.levers.optimizer == "adafactor":
-            for layer in self.adapters:
-                for pair in layer.values():
-                    for w in pair:
-                        held = [self.tape.new("adafactor update", w.rows, w.columns, FP32) for _ in range(2)]
-                        del held
+            self._adafactor()
 
-    def _for_each_weight(self, name: str, whole: bool) -> None:
+    def _adafactor(self) -> None:
+        """transformers `Adafactor.step` without relative steps; `update` lives on until the next weight's."""
+        tape, update = self.tape, None
+        self.rec.scope = "optimizer.scratch"
+        for index, layer in enumerate(self.adapters):
+            self.rec.mark(f"optimizer {index}")
+            for w in (w for pair in layer.values() for w in pair):
+                self._rms()
+                power = tape.new("gradient^2", w.rows, w.columns, FP32)
+                update = tape.new("gradient^2 + eps", w.rows, w.columns, FP32)
+                del power
+                for size in (w.rows, w.columns):
+                    mean = tape.new("mean of the update", 1, size, FP32)
+                    del mean
+                mean = tape.new("mean of the row factors", 1, 1, FP32)
+                r_factor = tape.new("row factors", 1, w.rows, FP32)
+                del mean
+                c_factor = tape.new("column factors", 1, w.columns, FP32)
+                update = tape.new("update", w.rows, w.columns, FP32)
+                del r_factor, c_factor
+                self._rms(clipped=True)
+                negative = tape.new("- update", w.rows, w.columns, FP32)
+                del negative
+        self.rec.mark("optimizer step")
+        del update
+
+    def _rms(self, clipped: bool = False) -> None:
+        norm = self.tape.new("norm", 1, 1, FP32)
+        rms = self.tape.new("root mean square", 1, 1, FP32)
+        del norm
+        if clipped:
+            clip = self.tape.new("rms / threshold", 1, 1, FP32)
+            del clip
+        del rms
+
+    def _clip_gradients(self) -> None:
+        """`torch.nn.utils.clip_grad_norm_`: a norm of each gradient, theirs, and what all are multiplied by."""
+        norms = self._for_each_weight("gradient norm", whole=False)
+        stacked = self.tape.new("norms stacked", 1, len(norms) * self.depth // self.spec.num_layers, FP32)
+        total_norm = self.tape.new("total norm", 1, 1, FP32)
+        del stacked, norms
+        scratch = [self.tape.new(name, 1, 1, FP32) for name in ("norm + eps", "1 / norm")]
+        clip_coef = self.tape.new("clip coefficient", 1, 1, FP32)
+        del scratch
+        clamped = self.tape.new("clip coefficient clamped", 1, 1, FP32)
+        del clip_coef, clamped, total_norm
+
+    def _for_each_weight(self, name: str, whole: bool) -> list[Tensor]:
         """One tensor per adapter weight, all alive together."""
         self.rec.scope = "optimizer.scratch"
         held = []
@@ -232,13 +281,13 @@ class Step:
                 for w in pair:
                     held.append(self.tape.new(name, w.rows if whole else 1, w.columns if whole else 1, FP32))
         self.rec.mark("optimizer step")
-        del held
+        return held
 
 
 def play(spec: ModelSpec, run: RunSpec, gpu: GpuProfile) -> Unrolled:
     """The steady optimizer step of `run` on `spec`, at full depth."""
     period = lcm(checkpoint_period(run.levers.checkpointing), pattern_period(spec, run))
     played = min(spec.num_layers, 4 * period + spec.num_layers % period)
-    step = Step(replace(spec, num_layers=played), run, gpu)
+    step = Step(replace(spec, num_layers=played), run, gpu, spec.num_layers)
     step.play()
     return Unrolled(step.rec, played, spec.num_layers, period)

@@ -343,13 +343,14 @@ class Ledger(Value):
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class GpuVerdict(Value):
-    """One card held against a ledger. `max_*` keep everything else as asked; 0 when not even 1 fits."""
+    """One card held against a ledger. `max_*` keep everything else as asked; 0 when not even 1 fits,
+    None when that was not searched for."""
 
     gpu: str
     usable_bytes: int
     verdict: str
-    max_batch_size: int
-    max_seq_len: int
+    max_batch_size: int | None = None
+    max_seq_len: int | None = None
     tokens_per_s: int | None = None  # modelled
 
 

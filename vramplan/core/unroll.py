@@ -6,7 +6,9 @@ by the layer they belong to, and nothing else changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from operator import mul
 from typing import NamedTuple
 
 from .tape import WORKSPACE_KEY, Recorder
@@ -24,6 +26,14 @@ class Section(NamedTuple):
     events: tuple[int, ...]
 
 
+class Totals(NamedTuple):
+    """What a section does to the sum of all live tensors in a steady step, in bytes."""
+
+    net: int
+    high: int  # highest point above its beginning, at least 0
+    crossing: tuple[int, ...]  # events of tensors that were not born here, or do not die here
+
+
 class Unrolled:
     """The step at full depth, from a step played on `played` layers.
 
@@ -35,23 +45,58 @@ class Unrolled:
         self.info = rec.info
         self.played, self.depth, self.period = played, depth, period
         self.sections = _sections(rec)
+        sizes = [row[5] for row in rec.info]
+        self.deltas = sizes + [-size for size in sizes[:0:-1]]  # by event: bytes that it adds, by negative index too
+        for ident, row in enumerate(rec.info):
+            if row[0] == WORKSPACE_KEY:  # resident in a steady step
+                self.deltas[ident] = self.deltas[-ident] = 0
+        self._real: dict[int, list[int]] = {}  # real layers by the played layer that shows them
+        for layer in range(depth):
+            self._real.setdefault(self.shown(layer), []).append(layer)
+        self.order = list(self._order())  # (section, real layer) in the order of time; -1 outside the layers
+        self.born = self._births()
+        self._times = {id(s): [self._deaths(event) for event in s.events] for s in self.sections if s.layer < 0}
+        self.totals = {id(section): self._totals(section) for section in self.sections}
         self._highest: tuple[int, int] | None = None
         self._compiled: dict[bool, dict[int, list[Change]]] = {}
-        self.born: dict[int, tuple[int, int, int]] = {}  # storage -> (kind, played layer, n-th birth of its section)
+        self.written: dict[int, list[tuple[int, int, bool]]] = {}  # changes as the allocator takes them, by their id
+
+    def _births(self) -> dict[int, tuple[int, int, int]]:
+        """storage -> (kind, played layer, n-th birth of its section)"""
+        lasting = {ident for ident, row in enumerate(self.info) if row[0] in LASTING}
+        born: dict[int, tuple[int, int, int]] = {}
         kind = 0
         for section in self.sections:
-            if section.layer < 0:  # the layers between two outer sections are one kind
+            layer = section.layer
+            if layer < 0:  # the layers between two outer sections are one kind
                 kind += 1
-            count = 0
-            for event in section.events:
-                if event > 0 and rec.info[event][0] in LASTING:
-                    # in one layer only: it must not shift the numbers by which layers of a kind know their tensors
-                    self.born[event] = (kind, section.layer, (1 << LAYER_SHIFT) - event % 16 - 1)
-                elif event > 0:
-                    self.born[event] = (kind, section.layer, count)
-                    count += 1
-            if section.layer < 0:
+            births = [event for event in section.events if event > 0]
+            for event in lasting.intersection(births):
+                # in one layer only: it must not shift the numbers by which layers of a kind know their tensors
+                born[event] = (kind, layer, (1 << LAYER_SHIFT) - event % 16 - 1)
+                births.remove(event)
+            for count, event in enumerate(births):
+                born[event] = (kind, layer, count)
+            if layer < 0:
                 kind += 1
+        return born
+
+    def _totals(self, section: Section) -> Totals:
+        running = self.running(section, self.deltas)
+        here = set(section.events)
+        return Totals(running[-1], max(running), tuple(event for event in section.events if -event not in here))
+
+    def running(self, section: Section, deltas: Sequence[int]) -> list[int]:
+        """Sums of the section's `deltas` (by event), from 0 before the first to the last."""
+        if section.layer >= 0:
+            return list(accumulate(map(deltas.__getitem__, section.events), initial=0))
+        # outside the layers, a layer's tensor dies for every layer it stands for
+        times = self._times[id(section)]
+        return list(accumulate(map(mul, map(deltas.__getitem__, section.events), times), initial=0))
+
+    def _deaths(self, event: int) -> int:
+        home = -1 if event > 0 else self.born[-event][1]
+        return 1 if home < 0 else len(self._real[home])
 
     def shown(self, layer: int) -> int:
         """The played layer that stands for this real one: the first and last blocks as they are, the middle by one."""
@@ -63,10 +108,9 @@ class Unrolled:
         return 2 * period + layer % period
 
     def real_layers(self, played: int) -> list[int]:
-        return [layer for layer in range(self.depth) if self.shown(layer) == played]
+        return self._real.get(played, [])
 
-    def order(self) -> Iterator[tuple[Section, int]]:
-        """(section, real layer) in the order of time; sections outside the layers have layer -1."""
+    def _order(self) -> Iterator[tuple[Section, int]]:
         run: list[Section] = []
         for section in self.sections:
             if section.layer < 0:
@@ -94,10 +138,10 @@ class Unrolled:
         they are resident, and left out.
         """
         if not self._compiled:
-            self._compiled[True] = {id(section): self._compile(section) for section in self.sections}
+            self._compiled[True] = {id(section): self.changes(section, section.events) for section in self.sections}
             self._compiled[False] = {at: _steady(changes) for at, changes in self._compiled[True].items()}
         compiled = self._compiled[first]
-        for section, layer in self.order():
+        for section, layer in self.order:
             yield section, layer, compiled[id(section)]
 
     def peak_bytes(self) -> int:
@@ -108,26 +152,19 @@ class Unrolled:
         """(bytes, number of the section in `steps`) of the step's highest point."""
         if self._highest is not None:
             return self._highest
-        info = self.info
-        sums: dict[int, tuple[int, int]] = {}
         now = best = where = 0
-        for number, (section, _, changes) in enumerate(self.steps()):
-            if id(section) not in sums:
-                net = high = 0
-                for event, _, _ in changes:
-                    net += info[event][5] if event > 0 else -info[-event][5]
-                    high = max(high, net)
-                sums[id(section)] = (net, high)
-            net, high = sums[id(section)]
+        for number, (section, _) in enumerate(self.order):
+            net, high, _ = self.totals[id(section)]
             if now + high > best:
                 best, where = now + high, number
             now += net
         self._highest = best, where
         return best, where
 
-    def _compile(self, section: Section) -> list[Change]:
+    def changes(self, section: Section, events: Iterable[int]) -> list[Change]:
+        """Events of a section, with the keys of their tensors."""
         out: list[Change] = []
-        for event in section.events:
+        for event in events:
             ident = abs(event)
             if self.info[ident][0] == WORKSPACE_KEY:
                 if event > 0:
@@ -139,7 +176,7 @@ class Unrolled:
             elif section.layer >= 0:
                 out.append((event, _key(kind, home - section.layer, count), True))
             else:  # outside the layers, a layer's tensor dies: so does that of every layer it stands for
-                out += [(event, _key(kind, real, count), False) for real in self.real_layers(home)]
+                out += [(event, _key(kind, real, count), False) for real in self._real[home]]
         return out
 
 

@@ -64,6 +64,8 @@ def one_card(need: int, verdict: GpuVerdict) -> str:
             if verdict.max_seq_len
             else "nor does batch 1"
         )
+        if verdict.max_batch_size is None:
+            change = "its largest batch is not known"
         return f"Does not fit {verdict.gpu}: {numbers}; {change}."
     return f"{VERDICT_STARTS[verdict.verdict]} {verdict.gpu}: {numbers}, {human(max(usable - need, 0))} to spare."
 

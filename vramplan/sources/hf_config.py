@@ -33,7 +33,7 @@ def load_model(name_or_path: str, *, trust_remote_code: bool = False) -> ModelSp
     if trust_remote_code and isinstance(auto_map, dict) and "AutoModelForCausalLM" in auto_map:
         raise UnknownArchitecture(
             f"{name} brings its own modelling code, whose memory is not described here",
-            "leave out --trust-remote-code to plan for the implementation in transformers, or use --trace (coming)",
+            "leave out --trust-remote-code to plan for the implementation in transformers",
         )
     return parse_config(config, name=name, source=source)
 
@@ -154,7 +154,7 @@ def _unknown_architecture(config: dict[str, Any], where: str) -> UnknownArchitec
     problem = "has a vision or audio part, which is" if more else "is an architecture that is"
     return UnknownArchitecture(
         f"{where}: model_type {shown} {problem} not described here",
-        f"known: {', '.join(FAMILIES)}; --trace (coming) will take any architecture",
+        f"vramplan estimate --trace takes any architecture of transformers; described are {', '.join(FAMILIES)}",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import bitsandbytes as bnb
@@ -21,6 +21,7 @@ from vramplan.trace.attention import DEVICE
 from vramplan.trace.patches import fake_params4bit
 from vramplan.trace.recorder import OUTSIDE, Tracker
 
+PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")  # lists in a config, one entry a layer
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -45,27 +46,46 @@ def configuration(config: dict[str, Any], layers: int | None) -> Any:
     if layers is None:
         return text
     text.num_hidden_layers = layers
-    for name in ("layer_types", "no_rope_layers", "mlp_layer_types"):
+    for name in PER_LAYER:
         if getattr(text, name, None):
-            setattr(text, name, list(getattr(text, name))[:layers])
+            with suppress(AttributeError):  # computed from the number of layers
+                setattr(text, name, list(getattr(text, name))[:layers])
     return text
+
+
+def skeleton(config: Any, run: RunSpec) -> Any:
+    """The model on the meta device: shapes, no storage."""
+    config._attn_implementation = run.levers.attention
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=torch.bfloat16, attn_implementation=run.levers.attention
+            )
+    except ValueError as error:
+        if "attention implementation" not in str(error):
+            raise Unplannable(f"transformers cannot build this model: {str(error)[:200]}") from error
+        raise Unplannable(
+            f"transformers has no {run.levers.attention} attention for model_type {config.model_type!r}",
+            "add --attn eager",
+        ) from error
 
 
 def load(config: Any, run: RunSpec, tracker: Tracker) -> Any:
     """The model as the 4-bit load leaves it: Linears in NF4, everything else in bf16."""
-    config._attn_implementation = run.levers.attention
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=run.levers.attention)
+    model = skeleton(config, run)
     model.eval()
     kept = {id(m) for m in (model.get_output_embeddings(),) if m is not None}
     for name, module in list(model.named_modules()):
         if type(module) in (nn.Linear, Conv1D) and id(module) not in kept:  # not a subclass: transformers' own rule
             tracker.at(layer_of(name))
             _quantise(model, name, module, run, tracker)
-    tied = {id(p) for p in (model.get_output_embeddings().weight,)} if config.tie_word_embeddings else set()
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
     for name, module in model.named_modules():
         tracker.at(layer_of(name))
-        _materialise(module, name, tracker, tied, run.random_weights)
+        if module is head and config.tie_word_embeddings:
+            continue  # tied below
+        kind = "embeddings" if module is table else "lm_head" if module is head else "other"
+        _materialise(module, name, "weights." + kind, tracker, run.random_weights)
     tracker.at(OUTSIDE)
     if config.tie_word_embeddings:
         model.tie_weights()
@@ -81,10 +101,11 @@ def _drawn(shape: Any, drawn: bool) -> Tensor:
 
 
 def _quantise(model: Any, name: str, linear: nn.Module, run: RunSpec, tracker: Tracker) -> None:
+    outputs, inputs = linear.weight.shape if isinstance(linear, nn.Linear) else reversed(linear.weight.shape)
     with torch.device("meta"):
         quantised = bnb.nn.Linear4bit(
-            linear.in_features,
-            linear.out_features,
+            inputs,
+            outputs,
             bias=linear.bias is not None,
             compute_dtype=torch.bfloat16,
             compress_statistics=run.double_quant,
@@ -92,7 +113,7 @@ def _quantise(model: Any, name: str, linear: nn.Module, run: RunSpec, tracker: T
             device="meta",
         )
     tracker.rec.scope = "weights.constants"
-    weight = _drawn((linear.out_features, linear.in_features), run.random_weights)
+    weight = _drawn((outputs, inputs), run.random_weights)
     packed, state = bnbf.quantize_4bit(weight, blocksize=64, compress_statistics=run.double_quant, quant_type="nf4")
     tracker.relabel(packed, "weights.nf4", f"{name} in NF4")
     del quantised.weight
@@ -104,15 +125,15 @@ def _quantise(model: Any, name: str, linear: nn.Module, run: RunSpec, tracker: T
     setattr(model.get_submodule(parent), short, quantised)
 
 
-def _materialise(module: nn.Module, name: str, tracker: Tracker, tied: set[int], drawn: bool) -> None:
+def _materialise(module: nn.Module, name: str, key: str, tracker: Tracker, drawn: bool) -> None:
     """Parameters and buffers that are not quantised."""
+    tracker.rec.scope = key
     for short, parameter in list(module._parameters.items()):
-        if parameter is None or parameter.device.type != "meta" or (id(parameter) in tied and "embed" not in name):
+        if parameter is None or parameter.device.type != "meta":
             continue
-        tracker.rec.scope = "weights." + (
-            "lm_head" if "lm_head" in name else "embeddings" if "embed" in name else "other"
-        )
         value = _drawn(parameter.shape, drawn and parameter.dim() > 1)
+        if parameter.dim() > 1 and layer_of(name) != OUTSIDE:
+            tracker.plain.append((layer_of(name), 2 * parameter.numel()))
         module._parameters[short] = nn.Parameter(value, requires_grad=False)
     tracker.rec.scope = "weights.other"
     for short, buffer in list(module._buffers.items()):
@@ -175,7 +196,7 @@ def add_lora(model: Any, run: RunSpec, tracker: Tracker) -> Any:
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules="all-linear" if lora.targets == ("all-linear",) else list(lora.targets),
+        target_modules=_targets(model, lora.targets),
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -187,10 +208,24 @@ def add_lora(model: Any, run: RunSpec, tracker: Tracker) -> Any:
         raise Unplannable(f"PEFT refuses this adapter: {error}") from error
     tracker.at(OUTSIDE)
     dtype = getattr(torch, lora.dtype)
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad and parameter.dtype != dtype:
+    for name, parameter in wrapped.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        tracker.adapter.append((layer_of(name), parameter.numel()))
+        if parameter.dtype != dtype:
             parameter.data = parameter.data.to(dtype)
     return wrapped
+
+
+def _targets(model: Any, targets: tuple[str, ...]) -> str | list[str]:
+    """As `vramplan.train.lora`: with experts, all-linear is named, for PEFT 0.21 would adapt experts and router too."""
+    if targets != ("all-linear",):
+        return list(targets)
+    if not any(getattr(model.config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        return "all-linear"
+    head = model.get_output_embeddings()
+    linears = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+    return sorted({name.rpartition(".")[2] for name in linears})
 
 
 @contextmanager

@@ -56,12 +56,15 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         self.rules = rules
         self.rec = Recorder()
         self.phase, self.layer = "load", OUTSIDE
+        self._phase_at = 0
         self.home: dict[int, int] = {}
         self.modules: list[str] = []  # names of the modules being called, innermost last
         self.recomputing = False
         self.in_backward = False
         self.hosted = 0  # above 0: what is made lives in host or managed memory
         self.kernels: dict[str, int] = {}  # attention kernels taken, and how often
+        self.adapter: list[tuple[int, int]] = []  # (layer, elements) of every trainable weight
+        self.plain: list[tuple[int, int]] = []  # (layer, bytes) of the matrices in layers that stay unquantised
         self._ids: dict[int, int] = {}
         self._refs: dict[int, weakref.ref[Any]] = {}
         self._workspaces: set[tuple[str, bool]] = set()
@@ -71,6 +74,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
     def begin(self, phase: str) -> None:
         """A new phase, outside the layers."""
         self.phase, self.layer = phase, OUTSIDE
+        self._phase_at = len(self.rec.events)
         self.rec.mark(f"{phase} outside")
 
     def at(self, layer: int, section: str = "outside") -> None:
@@ -140,6 +144,14 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         if ident is not None:
             self.rec.info[ident] = (key, name, *self.rec.info[ident][2:])
 
+    def settle(self, key: str) -> None:
+        """What was born in this phase and is still there, stays: count it under `key`."""
+        since = self.rec.events[self._phase_at :]
+        died = {-event for event in since if event < 0}
+        for ident in since:
+            if ident > 0 and ident not in died:
+                self.rec.info[ident] = (key, *self.rec.info[ident][1:])
+
     @contextlib.contextmanager
     def scratch(self, *sizes: int, name: str) -> Iterator[None]:
         """Memory that a CUDA kernel asks for and gives back."""
@@ -172,7 +184,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
             out = rule(self, func, args, kwargs)
             if out is not NotImplemented:
                 return out
-        elif func not in known.OPERATIONS and str(func).partition(".")[0] not in known.NAMES:
+        elif str(func).rpartition(".")[0] not in known.OPERATIONS:
             raise UnknownOperation(
                 f"the model runs {func}, whose memory on CUDA the tracer does not know",
                 "please report it with the model's name; no number is better than a wrong one",
@@ -194,7 +206,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
                 self.track(made, op)
             self.at(OUTSIDE)  # they die together
             return
-        if self.phase in known.BY_PARAMETER and args and isinstance(args[0], Tensor):
+        if self.phase in known.BY_PARAMETER and args and isinstance(args[0], (list, tuple)) and _tensors(args[0]):
+            self.at(OUTSIDE)  # of all parameters: what was made for each dies with it
+        elif self.phase in known.BY_PARAMETER and args and isinstance(args[0], Tensor):
             home = self.home_of(args[0])
             if home != OUTSIDE or self.ident(args[0]) is not None:
                 self.at(home)
@@ -262,6 +276,10 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         if self.phase == "backward" and not self.recomputing:
             return "activations.gradients"
         return self.rec.scope
+
+
+def _tensors(values: Sequence[Any]) -> bool:
+    return bool(values) and isinstance(values[0], Tensor)
 
 
 def _dense(tensor: Tensor) -> bool:

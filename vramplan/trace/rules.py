@@ -82,8 +82,12 @@ def grouped_mm(tr: Tracker, func: Any, args: Sequence[Any], kwargs: dict[str, An
     left, right = args[:2]
     if left.dtype != torch.bfloat16 or tr.gpu.compute_capability[0] not in (9, 10):
         tr.workspace("cublas")
+    shape: tuple[int, ...] = (left.shape[0], right.shape[-1])
+    if left.dim() == right.dim() == 2:  # the gradient of the experts: a product for each group
+        offsets = args[2] if len(args) > 2 else kwargs["offs"]
+        shape = (offsets.shape[0], *shape)
     with tr:
-        return torch.empty(left.shape[0], right.shape[-1], dtype=left.dtype, device=left.device)
+        return torch.empty(shape, dtype=left.dtype, device=left.device)
 
 
 def index_put(tr: Tracker, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

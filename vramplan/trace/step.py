@@ -1,5 +1,8 @@
-"""Plays load, preparation and two optimizer steps with the real libraries: the first makes the optimizer's state and
-the workspaces, the second is the steady one."""
+"""Plays loading, preparation and one optimizer step with the real libraries.
+
+The step is a run's first: it makes the optimizer's state and the workspaces, which stay. All else in it is as in the
+steps after, so one is enough; `unrolling` replays it twice.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ import torch
 from accelerate.utils.operations import convert_to_fp32
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from vramplan.core.masks import padded
 from vramplan.core.tape import Recorder
-from vramplan.core.types import GpuProfile, RunSpec
+from vramplan.core.types import GpuProfile, RunSpec, Unplannable
 from vramplan.trace import attention, rules
 from vramplan.trace import model as models
 from vramplan.trace.attention import DEVICE
@@ -27,8 +31,8 @@ def trace(config: dict[str, Any], run: RunSpec, gpu: GpuProfile, layers: int) ->
     """The record of `run` on the model of this config.json, cut to `layers` decoder layers."""
     tracker = Tracker(gpu, rules.RULES | attention.RULES)
     collecting = gc.isenabled()
-    gc.collect()
     gc.disable()  # what dies is what the libraries drop, not what the collector happens to find
+    gc.freeze()  # and where they collect themselves, only what the trace made is looked at
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with like_cuda(tracker, padded(run)), fake, tracker:
@@ -36,6 +40,7 @@ def trace(config: dict[str, Any], run: RunSpec, gpu: GpuProfile, layers: int) ->
             tracker.rec = Recorder()
             _play(config, run, tracker, layers)
     finally:
+        gc.unfreeze()
         if collecting:
             gc.enable()
     return tracker
@@ -53,8 +58,7 @@ def _play(config: dict[str, Any], run: RunSpec, tracker: Tracker, layers: int) -
     gc.collect()
     model.train()
     step = TracedStep(model, run, tracker, layers)
-    for prefix in ("first_", ""):
-        step.play(prefix)
+    step.play()
     tracker.begin("end")
     step.close()
 
@@ -70,7 +74,7 @@ class TracedStep:
         self.layers_done = False
         self.head = head_of(model.get_base_model()) if run.levers.loss == "fused" else None
         self.hooks = self._watch()
-        tracker.begin("first_optimizer")
+        tracker.begin("ready")
         self.optimizer = models.optimizer(run.levers.optimizer, self.parameters)
 
     def close(self) -> None:
@@ -78,26 +82,27 @@ class TracedStep:
             hook.remove()
 
     # ---------------------------------------------------------------------------------------------------- play
-    def play(self, prefix: str) -> None:
+    def play(self) -> None:
         tracker, run = self.tracker, self.run
         loss: Any = None
         for _ in range(min(run.accumulation, 2)):
             loss = None
-            loss = self.micro_step(prefix)
-        tracker.begin(prefix + "optimizer")
+            loss = self.micro_step()
+        tracker.begin("optimizer")
         tracker.rec.scope = "optimizer.scratch"
         if run.driver == "trainer":
             loss = None
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         tracker.at(OUTSIDE)
-        tracker.begin(prefix + "zero_grad")
+        tracker.settle("optimizer.state")
+        tracker.begin("zero_grad")
         self.optimizer.zero_grad(set_to_none=True)
         del loss
 
-    def micro_step(self, prefix: str) -> Tensor:
+    def micro_step(self) -> Tensor:
         tracker, run = self.tracker, self.run
-        tracker.begin(prefix + "forward")
+        tracker.begin("forward")
         tracker.rec.scope = "activations.inputs"
         inputs = self.batch()
         with autocast():
@@ -109,7 +114,7 @@ class TracedStep:
             output = convert_to_fp32(output)
             loss = output["loss"]
             del output
-        tracker.begin(prefix + "backward")
+        tracker.begin("backward")
         tracker.rec.scope = "activations.gradients"
         tracker.in_backward = True
         loss.backward()
@@ -186,8 +191,8 @@ class TracedStep:
             if tracker.in_backward:
                 return
             self.layers_done = index == len(self.layers) - 1
-            hidden = out[0] if isinstance(out, tuple) else out
-            if hidden.requires_grad:
+            hidden = next((t for t in tree_leaves(out) if isinstance(t, Tensor)), None)
+            if hidden is not None and hidden.requires_grad:
                 hidden.register_hook(lambda _: self._layer_backward(index))
 
         return hook
@@ -198,6 +203,8 @@ class TracedStep:
 
 
 def layers_of(model: nn.Module, count: int) -> nn.ModuleList:
-    """The list of decoder layers."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    return next(m for m in lists if not isinstance(m[0], nn.Linear))
+    """The list of decoder layers: the first of that length that is not inside another. Raises Unplannable."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise Unplannable(f"{type(model).__name__} has no list of {count} decoder layers")
