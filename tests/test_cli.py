@@ -213,7 +213,7 @@ BAD = {
     "--checkpointing all --no-gradient-checkpointing": "contradicts --no-gradient-checkpointing",
     "--no-gradient-checkpointing --checkpoint-offload": "--checkpoint-offload needs checkpoints",
     "--gpu rtx-4099": "rtx-4099",
-    "--trace": "--trace is not in this version",
+    "--full-depth": "add --trace",
     "--batchsize 3": "--batchsize",
 }
 

@@ -92,7 +92,7 @@ def draw(rng: random.Random, family: str) -> tuple[RunSpec, GpuProfile]:
         optimizer=rng.choice(("adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "lion_32bit",
                               "adafactor", "sgd")),
         # FlashAttention's own package needs a card; of Falcon-7B's sdpa the tracer does not know all lifetimes
-        attention="eager" if family == "falcon-7b" else rng.choice(("sdpa", "sdpa", "eager")),
+        attention=rng.choice(("sdpa", "sdpa", "eager")),
     )  # fmt: skip
     run = RunSpec(
         model=family,

@@ -111,23 +111,23 @@ def _math(
 ) -> Tensor:
     """`_scaled_dot_product_attention_math`, written out: the original avoids its in-place add for FakeTensors."""
     dtype, dim = q.dtype, q.shape[-1]
-    q, k, v = (t.float() if dtype in HALF else t for t in (q, k, v))
-    factor = (scale if scale is not None else dim**-0.5) ** 0.5
-    q = q * factor
-    if causal:
-        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
     mask = _additive(mask, q)
+    wide_q, wide_k, wide_v = (t.float() if dtype in HALF else t for t in (q, k, v))  # they stay until the end
+    factor = (scale if scale is not None else dim**-0.5) ** 0.5
+    scaled = wide_q * factor
+    if causal:
+        mask = _additive(torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(), scaled)
     if grouped and q.shape[1] != k.shape[1]:
         times = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(times, 1), v.repeat_interleave(times, 1)
-    scores = q @ (k.transpose(-2, -1) * factor)
+        wide_k, wide_v = wide_k.repeat_interleave(times, 1), wide_v.repeat_interleave(times, 1)
+    scores = scaled @ (wide_k.transpose(-2, -1) * factor)
     if mask is not None:
         scores.add_(mask)
     scores = aten._safe_softmax(scores, -1)
     if p > 0:
         scores = dropout(scores, p)
     second = scores.to(dtype)  # the other result, made before the product and then dropped
-    out = (scores @ v).to(dtype)
+    out = (scores @ wide_v).to(dtype)
     del second
     return out
 

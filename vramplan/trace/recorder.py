@@ -108,7 +108,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
         at = storage._cdata
         if at in self._refs:
             return
-        if self.hosted:
+        if self.hosted or not storage.nbytes():  # nothing is asked of the card
             self._refs[at] = weakref.ref(storage, lambda _: self._refs.pop(at, None))
             return
         columns = tensor.shape[-1] if tensor.dim() else 1
