@@ -285,7 +285,9 @@ def test_allocator(kind, cap_bytes, script):
         assert all(a[0] < b[0] or a[2] <= b[1] for a, b in pairwise(spans)), "blocks overlap"
         assert memory.allocated == sum(map(block_bytes, held_blocks)) <= memory.pinned_now() <= memory.reserved
         assert memory.reserved <= memory.peak_reserved and memory.allocated <= memory.peak_allocated
-        assert cap_bytes is None or memory.peak_reserved <= cap_bytes
+        # torch holds the native segment's size against the cap, and then maps whole pages of 20 MiB
+        page_bytes = 20 * MIB if kind == "expandable" else 0
+        assert cap_bytes is None or memory.peak_reserved < cap_bytes + page_bytes + 1
     for block in held_blocks:
         memory.free(block)
     memory.empty_cache()

@@ -157,11 +157,11 @@ def minimum_bytes(sim: Simulation, kind: str) -> int:
     Expandable segments: the pages that hold something at the highest point; all others can be given back. Native, where
     the layout itself changes under pressure: the first of a ladder of caps, from what is pinned there with room to
     spare, under which two steps survive, in a fresh process and in one that has its workspaces already, as after an
-    evaluation: where they lie decides what breaks up. Never more than what the run reserves with room to spare.
+    evaluation: where they lie decides what breaks up; never more than what the run reserves with room to spare.
     """
     most = sim.played.reserved_bytes
-    if kind == "expandable":
-        return min(int(sim.pinned_bytes * (1 + MARGIN[kind])), most)
+    if kind == "expandable":  # a cap is compared with whole segments, so even what is reserved can be too little
+        return int(sim.pinned_bytes * (1 + MARGIN[kind]))
     starts = [(sim.before_step, False), (_with_workspaces(sim), True)]
     cap = max(sim.allocated_bytes, sim.pinned_bytes)
     while cap < most and starts:

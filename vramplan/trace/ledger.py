@@ -42,6 +42,7 @@ def estimate(
     reserved = max(result.reserved_bytes, result.loading_reserved_bytes)
     loading = max(result.peak[phase] for phase in ("load", "prepare", "lora"))
     needed = max(least, min(int(loading * (1 + MARGIN[kind])), reserved))
+    reserved = max(reserved, needed)
     return Ledger(
         model=spec or described(config),
         run=run,
@@ -97,7 +98,7 @@ def minimum_bytes(result: Traced, kind: str) -> int:
     most = result.reserved_bytes
     pinned = result.pinned_bytes
     if kind == "expandable":
-        return min(int(pinned * (1 + MARGIN[kind])), most)
+        return int(pinned * (1 + MARGIN[kind]))
     low = max(result.allocated_bytes, pinned)
     for rung in range(RUNGS):
         cap = low + (most - low) * rung // RUNGS

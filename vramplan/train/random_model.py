@@ -39,8 +39,10 @@ def random_model(run: RunSpec, folder: Path, quantization: BitsAndBytesConfig, d
     quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
     quantizer.preprocess_model(model=model, dtype=torch.bfloat16, device_map={"": device})
     generator = torch.Generator(device).manual_seed(run.schedule.seed)
+    tied = model.get_output_embeddings() if model.config.get_text_config().tie_word_embeddings else None
     for module in model.modules():
-        _fill(module, quantization, device, generator)
+        if module is not tied:  # `tie_weights` gives it the embedding
+            _fill(module, quantization, device, generator)
     model.tie_weights()
     model.hf_quantizer = quantizer
     quantizer.postprocess_model(model)
