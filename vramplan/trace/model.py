@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from vramplan.core.timeline import checkpoint_period
 from vramplan.core.types import RunSpec, Unplannable
 from vramplan.trace.attention import DEVICE
 from vramplan.trace.patches import fake_params4bit
@@ -155,7 +156,7 @@ def prepare(model: Any, run: RunSpec, tracker: Tracker) -> Any:
                     module.to(torch.float32)
     tracker.at(OUTSIDE)
     if levers.checkpointing != "none":
-        every = int(levers.checkpointing.removeprefix("every-")) if levers.checkpointing.startswith("every-") else 1
+        every = checkpoint_period(levers.checkpointing)
         model.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
         if levers.checkpoint_offload:
             _offload(model, tracker)
