@@ -161,6 +161,7 @@ def levers(params: Params) -> Levers:
         "optimizer": params.get("optim"),
         "attention": params.get("attn"),
         "allocator": params.get("allocator"),
+        "kernels": params.get("kernels"),
     }
     changes = {name: value for name, value in given.items() if value is not None}
     chosen = replace(RECIPES[params["recipe"]], **changes)

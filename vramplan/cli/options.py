@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 
-from vramplan.core.types import ALLOCATORS, ATTENTIONS, LOSSES, OPTIMIZERS, UPCASTS
+from vramplan.core.types import ALLOCATORS, ATTENTIONS, KERNELS, LOSSES, OPTIMIZERS, UPCASTS
 from vramplan.errors import InputError
 
 if TYPE_CHECKING:
@@ -204,6 +204,7 @@ LEVERS: Section = (
     _lever("--optim", type=OneOf(OPTIMIZERS, "optimizer", OPTIMIZER_ALIASES), metavar="NAME",
            help="Optimizer, by its transformers name."),
     _lever("--attn", type=click.Choice(ATTENTIONS), help="Attention implementation."),
+    _lever("--kernels", type=click.Choice(KERNELS), help="Fused layers, or transformers' and PEFT's own."),
     _lever("--allocator", type=click.Choice(ALLOCATORS), help="PyTorch's allocator, expandable segments or not."),
 )  # fmt: skip
 

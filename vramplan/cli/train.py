@@ -16,7 +16,7 @@ from vramplan.errors import DoesNotFit, InputError, VramplanError
 SHAPING = (  # what a plan has settled
     "batch_size", "accumulation", "effective_batch_size", "seq_len", "recipe", "double_quant", "padding", "lora_r",
     "lora_alpha", "lora_targets", "lora_dropout", "upcast", "loss", "checkpointing", "gradient_checkpointing",
-    "checkpoint_offload", "optim", "attn", "allocator",
+    "checkpoint_offload", "optim", "attn", "allocator", "kernels",
 )  # fmt: skip
 
 DATA_FLAGS = (

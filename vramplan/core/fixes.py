@@ -220,7 +220,7 @@ def _lora_flags(lora: Lora) -> list[str]:
 
 def _lever_flags(levers: Levers, recipe: Levers) -> list[str]:
     flags = {"upcast": "--upcast", "loss": "--loss", "checkpointing": "--checkpointing", "optimizer": "--optim",
-             "attention": "--attn", "allocator": "--allocator"}  # fmt: skip
+             "attention": "--attn", "allocator": "--allocator", "kernels": "--kernels"}  # fmt: skip
     words = [word for name, flag in flags.items() if getattr(levers, name) != getattr(recipe, name)
              for word in (flag, str(getattr(levers, name)))]  # fmt: skip
     if levers.checkpoint_offload != recipe.checkpoint_offload:

@@ -15,6 +15,7 @@ UPCASTS = ("all", "norms", "none")
 LOSSES = ("full", "fused")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 ALLOCATORS = ("native", "expandable")
+KERNELS = ("fused", "stock")
 OPTIMIZERS = (
     "adamw_torch_fused",
     "adamw_torch",
@@ -158,6 +159,7 @@ class Levers(Value):
     optimizer: str = "paged_adamw_8bit"
     attention: str = "sdpa"
     allocator: str = "expandable"
+    kernels: str = "fused"  # layers as `train/fast` computes them, or as transformers and PEFT do
     resident_layers: int | None = None  # for streaming: layers whose weights stay on the card; None: all
 
 

@@ -70,6 +70,7 @@ def choice_table(screen: Console, plan: Plan) -> Table:
         ("--attn", levers.attention),
         ("--upcast", levers.upcast),
         ("--allocator", levers.allocator),
+        ("--kernels", levers.kernels),
         ("--lora-r", f"{run.lora.r} on {','.join(run.lora.targets)}"),
     )
     for name, value in rows:

@@ -13,9 +13,10 @@ import transformers
 from vramplan.core.types import RunSpec
 from vramplan.errors import InputError
 from vramplan.train import data
+from vramplan.train.fast.install import Fused
 from vramplan.train.fused_loss import Head, head_of
 from vramplan.train.load import load_model, load_tokenizer, resolve
-from vramplan.train.lora import add_lora, prepare
+from vramplan.train.lora import add_lora, fuse, prepare
 from vramplan.train.meter import Meter, recorded
 from vramplan.train.outcome import Interrupted, StopSignal
 from vramplan.train.progress import Progress
@@ -57,12 +58,13 @@ def _finetune(run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progre
     tokenizer = load_tokenizer(run, source)
     splits = data.build(run, tokenizer, report=progress.report)
 
-    model = build_model(run, source, meter, progress)
+    model, fused = build_model(run, source, meter, progress)
     _check_vocabulary(model, tokenizer, splits)
-    head = head_of(model.get_base_model()) if run.levers.loss == "fused" else None
+    head = head_of(model.get_base_model(), fused is not None) if run.levers.loss == "fused" else None
     optimizer = usable_optimizer(run.levers.optimizer, meter.device, progress)
     trainer = QloraTrainer(
         head=head,
+        fused=fused,
         meter=meter,
         model=model,
         args=training_arguments(run, run_dir, meter.device, optimizer),
@@ -96,8 +98,8 @@ def _finetune(run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progre
     return f"{trainer.state.global_step} steps, adapter in {run_dir / 'adapter'}"
 
 
-def build_model(run: RunSpec, source: str, meter: Meter, progress: Progress) -> Any:
-    """The 4-bit model, prepared and wrapped by PEFT, measured after each of the three."""
+def build_model(run: RunSpec, source: str, meter: Meter, progress: Progress) -> tuple[Any, Fused | None]:
+    """The 4-bit model, prepared and wrapped by PEFT, measured after each of the three; and its fused layers."""
     progress.phase("load", f"loading {run.model} in 4 bits on {meter.device.type}")
     model = load_model(run, source, meter.device, progress.warning)
     meter.phase("loaded")
@@ -109,8 +111,9 @@ def build_model(run: RunSpec, source: str, meter: Meter, progress: Progress) -> 
     progress.phase("lora", f"r={run.lora.r} on {', '.join(run.lora.targets)}")
     model = add_lora(model, run.lora)
     meter.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    fused = fuse(model, run.levers, meter.device, progress.warning)
     meter.phase("with_lora")
-    return model
+    return model, fused
 
 
 def refuse_what_is_not_built(run: RunSpec) -> None:

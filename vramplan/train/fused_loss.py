@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vramplan.core.loss import chunk_tokens
 from vramplan.errors import InputError
+from vramplan.train.fast import kernels
 
 IGNORED = -100  # the label that torch and transformers leave out of the loss
 
@@ -24,16 +25,18 @@ IGNORED = -100  # the label that torch and transformers leave out of the loss
 class Head:
     """A frozen output layer. logits = softcap * tanh((hidden @ weight.T + bias) * multiplier / softcap).
 
-    `weight` is [vocab, hidden], `bias` [vocab] or None. `softcap` None: no tanh.
+    `weight` is [vocab, hidden], `bias` [vocab] or None. `softcap` None: no tanh. `fused`: on a card, loss and gradient
+    of a chunk are one kernel in the place of the logits.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     multiplier: float = 1.0
     softcap: float | None = None
+    fused: bool = False
 
 
-def head_of(model: nn.Module) -> Head:
+def head_of(model: nn.Module, fused: bool = False) -> Head:
     """The head of a causal language model of transformers, with what its config says is done to the logits.
 
     InputError if the output layer is not one plain, frozen linear layer.
@@ -49,7 +52,7 @@ def head_of(model: nn.Module) -> Head:
     multiplier = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
     multiplier /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    return Head(layer.weight, layer.bias, multiplier, float(softcap) if softcap else None)
+    return Head(layer.weight, layer.bias, multiplier, float(softcap) if softcap else None, fused)
 
 
 def decoder_of(causal_lm: Any) -> Any:
@@ -117,6 +120,8 @@ def _compute_dtype(head: Head, device: str) -> torch.dtype:
 
 def _loss_and_gradient(picked: Tensor, targets: Tensor, head: Head, normaliser: Tensor | float, grad: bool) -> Tensor:
     """The loss; when `grad`, `picked` [n, hidden_size] is overwritten by the loss's gradient, chunk by chunk."""
+    if head.fused and picked.is_cuda:
+        return _by_kernel(picked, targets, head, normaliser, grad)
     wide = torch.promote_types(picked.dtype, torch.float32)
     total = torch.zeros((), dtype=wide, device=picked.device)
     size = chunk_tokens(max(picked.shape[0], 1), picked.shape[1], head.weight.shape[0])
@@ -143,3 +148,19 @@ def _loss_and_gradient(picked: Tensor, targets: Tensor, head: Head, normaliser: 
             torch.mm(logits, head.weight, out=part)
         del logits, z
     return total / normaliser
+
+
+def _by_kernel(picked: Tensor, targets: Tensor, head: Head, normaliser: Tensor | float, grad: bool) -> Tensor:
+    """The same with one kernel for each chunk, which writes the gradient over the logits."""
+    total = torch.zeros((), dtype=torch.float32, device=picked.device)
+    scale = torch.ones((), dtype=torch.float32, device=picked.device) / normaliser
+    size = chunk_tokens(max(picked.shape[0], 1), picked.shape[1], head.weight.shape[0], fused=True)
+    for start in range(0, picked.shape[0], size):
+        part = picked[start : start + size]
+        logits = torch.nn.functional.linear(part, head.weight, head.bias)
+        target = targets[start : start + size]
+        total += kernels.cross_entropy_(logits, target, scale, head.multiplier, head.softcap, grad).sum()
+        if grad:
+            torch.mm(logits, head.weight, out=part)
+        del logits
+    return total * scale

@@ -11,10 +11,13 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from vramplan.core.fused import SKIPS_LAST
 from vramplan.core.types import Levers, Lora
 from vramplan.errors import InputError
+from vramplan.train.fast.install import Fused, install, why_not
 
 Warn = Callable[[str], None]
+NO_OFFLOAD = "checkpoint offload has no effect on a CPU: the checkpoints are in host memory already"
 
 
 def prepare(model: Any, levers: Levers, device: torch.device, warn: Warn) -> Any:
@@ -30,9 +33,9 @@ def prepare(model: Any, levers: Levers, device: torch.device, warn: Warn) -> Any
             for module in model.modules():
                 if "norm" in type(module).__name__.lower():
                     module.to(torch.float32)
-    every = checkpoint_every(levers.checkpointing)
-    if every:
-        _checkpoint(model, every, levers.checkpoint_offload, device, warn)
+    checkpoint_every(levers.checkpointing)  # says what is wrong with it before anything is done
+    if levers.kernels == "stock":
+        checkpoint(model, levers, device, warn)
     return model
 
 
@@ -46,9 +49,13 @@ def checkpoint_every(checkpointing: str) -> int:
     return int(number)
 
 
-def _checkpoint(model: Any, every: int, offload: bool, device: torch.device, warn: Warn) -> None:
+def checkpoint(model: Any, levers: Levers, device: torch.device, warn: Warn) -> None:
+    """Switch transformers' own checkpointing on, as the levers say."""
+    every, offload = checkpoint_every(levers.checkpointing), levers.checkpoint_offload
+    if not every:
+        return
     if offload and device.type == "cpu":
-        warn("checkpoint offload has no effect on a CPU: the checkpoints are in host memory already")
+        warn(NO_OFFLOAD)
         offload = False
     if every > 1 and not any(isinstance(m, GradientCheckpointingLayer) for m in model.modules()):
         raise InputError(
@@ -58,6 +65,29 @@ def _checkpoint(model: Any, every: int, offload: bool, device: torch.device, war
         model.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=every, offload=offload)
     except ValueError as error:
         raise InputError(str(error), "train with --checkpointing none") from None
+
+
+def fuse(model: Any, levers: Levers, device: torch.device, warn: Warn) -> Fused | None:
+    """Fuse the layers of the wrapped model, if the levers say so and it can be done; else its own checkpointing."""
+    if levers.kernels == "stock":
+        return None
+    base = model.get_base_model()
+    reason = why_not(model, levers, device)
+    if reason:
+        warn(f"the layers are not fused: {reason}")
+        checkpoint(base, levers, device, warn)
+        return None
+    if levers.checkpoint_offload and device.type == "cpu":
+        warn(NO_OFFLOAD)
+    text = base.config.get_text_config()
+    return install(model, levers, device, text.model_type in SKIPS_LAST, stochastic(base))
+
+
+def stochastic(model: nn.Module) -> bool:
+    """Whether a forward in training draws random numbers."""
+    return bool(getattr(model.config.get_text_config(), "attention_dropout", 0)) or any(
+        isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()
+    )
 
 
 def add_lora(model: Any, lora: Lora) -> Any:

@@ -28,7 +28,14 @@ from vramplan.train.load import resolve
 from vramplan.train.meter import Meter, count_lines, recorded
 from vramplan.train.outcome import StopSignal
 from vramplan.train.progress import Progress
-from vramplan.train.trainer import QloraTrainer, Reporter, fused_loss, training_arguments, usable_optimizer
+from vramplan.train.trainer import (
+    QloraTrainer,
+    Reporter,
+    fused_loss,
+    trained_parameters,
+    training_arguments,
+    usable_optimizer,
+)
 
 DEFAULT_STEPS = 3
 HELD_S = 1.5  # the launcher looks at the card every second: what the last step reserved stays that long
@@ -54,22 +61,28 @@ def _measure(run: RunSpec, run_dir: Path, meter: Meter, progress: Progress, stop
     refuse_what_is_not_built(run)
     transformers.utils.logging.disable_progress_bar()
     transformers.set_seed(run.schedule.seed)
-    model = build_model(run, resolve(run, run_dir), meter, progress)
+    model, fused = build_model(run, resolve(run, run_dir), meter, progress)
 
     rows = RandomRows(run, model.get_input_embeddings().num_embeddings)
-    head = head_of(model.get_base_model()) if run.levers.loss == "fused" else None
+    head = head_of(model.get_base_model(), fused is not None) if run.levers.loss == "fused" else None
     optimizer = usable_optimizer(run.levers.optimizer, meter.device, progress)
     arguments = training_arguments(run, run_dir, meter.device, optimizer)
     progress.phase("train", f"driver {run.driver}, optimizer {optimizer}")
     if run.driver == "trainer":
         collator = Collator(0, run.seq_len)
         trainer = QloraTrainer(
-            head=head, meter=meter, model=model, args=arguments, train_dataset=rows, data_collator=collator
+            head=head,
+            fused=fused,
+            meter=meter,
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=collator,
         )
         trainer.add_callback(Reporter(trainer, progress, stop, len(rows)))
         trainer.train()
     else:
-        Loop(run, model, head, rows, arguments, meter, progress).train()
+        Loop(run, model, head, trained_parameters(model, fused), rows, arguments, meter, progress).train()
     _hold(meter)
     return f"{meter.steps} steps measured"
 
@@ -113,6 +126,7 @@ class Loop:
         run: RunSpec,
         model: Any,
         head: Head | None,
+        trained: list[torch.nn.Parameter],
         rows: RandomRows,
         arguments: transformers.TrainingArguments,
         meter: Meter,
@@ -122,7 +136,7 @@ class Loop:
         self.rows = iter(rows)
         self.steps, self.examples = steps_of(run), len(rows)
         cls, keywords = transformers.Trainer.get_optimizer_cls_and_kwargs(arguments)
-        self.optimizer = cls([p for p in model.parameters() if p.requires_grad], **keywords)
+        self.optimizer = cls(trained, **keywords)
 
     def train(self) -> None:
         batch = self.run.micro_batch_size * self.run.accumulation

@@ -15,6 +15,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from vramplan.core.types import RunSpec
 from vramplan.errors import InputError
+from vramplan.train.fast.install import Fused
 from vramplan.train.fused_loss import Head, decoder_of, fused_cross_entropy, labelled_rows
 from vramplan.train.meter import Meter, count_lines
 from vramplan.train.outcome import StopSignal, first_line
@@ -87,9 +88,10 @@ def usable_optimizer(name: str, device: torch.device, progress: Progress) -> str
 class QloraTrainer(Trainer):  # type: ignore[misc]
     """`head` None: the stock loss with full logits. Else the decoder runs alone and the fused loss takes over."""
 
-    def __init__(self, *, head: Head | None, meter: Meter, **keywords: Any) -> None:
+    def __init__(self, *, head: Head | None, meter: Meter, fused: Fused | None = None, **keywords: Any) -> None:
         super().__init__(**keywords)
         self.head = head
+        self.trained = trained_parameters(self.model, fused)
         self.meter = meter
         self.step_loss: Tensor | float = 0.0
         self.step_tokens: Tensor | int = 0
@@ -141,6 +143,20 @@ class QloraTrainer(Trainer):  # type: ignore[misc]
                 total, count = total + float(loss) * labelled, count + labelled
         return total / count if count else float("nan")
 
+    # ----------------------------------------------------------------------------------------------- optimizer
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As transformers', on what is really trained: of a fused layer its one flat tensor."""
+        if self.optimizer is None:
+            cls, keywords = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            group = {"params": self.trained, "weight_decay": self.args.weight_decay}
+            self.optimizer = cls([group], **keywords)
+            # Trainer clears the gradients of the model's parameters, of which the flat ones are none.
+            self.optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad(set_to_none=True))
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+
     # ------------------------------------------------------------------------------------------------ counting
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         self.step_tokens = self.step_tokens + inputs["attention_mask"].sum()  # on the device: nothing waits here
@@ -166,6 +182,13 @@ class QloraTrainer(Trainer):  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         self.model.save_pretrained(output_dir, save_embedding_layers=False)
+
+
+def trained_parameters(model: Any, fused: Fused | None) -> list[torch.nn.Parameter]:
+    """What the optimizer steps: the flat tensors of fused layers, and every other parameter that requires a gradient."""
+    flat = [] if fused is None else fused.parameters
+    views = set() if fused is None else fused.views
+    return [*flat, *(p for p in model.parameters() if p.requires_grad and id(p) not in views)]
 
 
 def fused_loss(causal_lm: Any, head: Head, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
