@@ -25,7 +25,7 @@ SETTINGS, FEWER = 12, 2
 
 def traced(family: str, run: RunSpec, gpu: GpuProfile) -> Unrolled:
     layers = CONFIGS[family]["num_hidden_layers"]
-    return Unrolled(trace(dict(CONFIGS[family]), run, gpu, layers).rec, layers, layers, 1)
+    return Unrolled(trace(dict(CONFIGS[family]), run, gpu, layers, spec_of(family)).rec, layers, layers, 1)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -47,10 +47,11 @@ def test_peaks_of_runs_drawn_at_random(family: str) -> None:
                 assert step_found[phase] == near, (phase, run, gpu.key)
 
 
+@pytest.mark.parametrize("kernels", ["stock", "fused"])
 @pytest.mark.parametrize("checkpointing", ["all", "none"])
 @pytest.mark.parametrize("family", [f for f in CONFIGS if f not in (*EXPERTS, "falcon-7b")])
-def test_every_tensor_is_born_in_the_order_of_the_libraries(family: str, checkpointing: str) -> None:
-    run, gpu = lean(family, checkpointing=checkpointing), load_gpu("h200")
+def test_every_tensor_is_born_in_the_order_of_the_libraries(family: str, checkpointing: str, kernels: str) -> None:
+    run, gpu = lean(family, checkpointing=checkpointing, kernels=kernels), load_gpu("h200")
     assert births(play(spec_of(family), run, gpu)) == births(traced(family, run, gpu))
 
 

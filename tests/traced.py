@@ -133,7 +133,7 @@ def played_peaks(spec: ModelSpec, run: RunSpec, gpu: GpuProfile) -> dict[str, in
     """In closed form: weights, adapter, optimizer's state, workspaces and the step."""
     unrolled = play(spec, run, gpu)
     held = resident.weights(spec, run.double_quant, run.levers.upcast).total_bytes
-    held += resident.lora_bytes(spec, run.lora) + resident.optimizer_bytes(spec, run.lora, run.levers)[0]
+    held += resident.lora_bytes(spec, run) + resident.optimizer_bytes(spec, run)[0]
     return highest(unrolled, held + sum(workspaces(unrolled)))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from . import architecture as arch
+from . import fused
 from .attention import Heads, contiguous, eager, kernel_for, sdpa
 from .bnb_kernel import uses_fused_kernel
 from .norms import cohere_norm, layernorm, rmsnorm
@@ -68,6 +69,13 @@ class Player:
             )
             for m in (False, True)
         }
+        self.fuses = fused.is_fused(spec, run)
+        self.fused_norm = self.fuses and fused.fuses_norm(spec)
+        self.fused_rotary = self.fuses and fused.fuses_rotary(spec)
+        self.groups = {names[0]: names for names in fused.groups(spec)} if self.fuses else {}
+        self.flat = fused.FlatLora(tape, spec, run.lora)  # of the layer being played, where layers are fused
+        self.shared_input: dict[str, tuple[Tensor, Tensor]] = {}  # results that wait for their call
+        self.skip = False  # recomputing a layer whose last product nobody reads
         self.adapters: Adapters = {}
         # torch.cat leaves q head by head in memory, attention's output follows q, and its reshape must copy
         self.joined = spec.model_type in ALWAYS_JOINED or spec.partial_rotary_factor != 1.0
@@ -84,6 +92,8 @@ class Player:
     # --------------------------------------------------------------------------------------------- short forms
     def linear(self, x: Tensor, short: str) -> Tensor:
         """A Linear of the layer, quantised or not, with its adapter if it has one."""
+        if self.fuses:
+            return self.fused_linear(x, short)
         shape = self.linears[short]
         if not shape.quantised:
             weight = self.tape.constant(shape.out_features, shape.in_features, self.expert_dtype)
@@ -102,8 +112,20 @@ class Player:
             bias=shape.bias,
         )
 
+    def fused_linear(self, x: Tensor, short: str) -> Tensor:
+        """`fast.linear.SharedInput`: the first Linear of a group computes all, the others hand out what is there."""
+        waiting = self.shared_input.pop(short, None)
+        if waiting is not None and waiting[0] is x:
+            return waiting[1]
+        names = self.groups.get(short, (short,))
+        first, *others = fused.linears(self, names, x)
+        self.shared_input = {name: (x, y) for name, y in zip(names[1:], others, strict=True)}
+        return first
+
     def norm(self, x: Tensor, heads: int = 1) -> Tensor:
         kind = self.spec.norm
+        if self.fused_norm:
+            return fused.rms_norm(self.tape, x)
         if kind == "layernorm":
             return layernorm(self.tape, x, self.norm_dtype, self.spec.norm_bias)
         if kind == "cohere_layernorm":

@@ -84,12 +84,20 @@ def labelled_rows(tape: Tape, run: RunSpec) -> tuple[Tensor, Tensor]:
 
 
 def chunked_loss(
-    tape: Tape, spec: ModelSpec, hidden_states: Tensor, labelled: tuple[Tensor, Tensor], head_dtype: str
+    tape: Tape,
+    spec: ModelSpec,
+    hidden_states: Tensor,
+    labelled: tuple[Tensor, Tensor],
+    head_dtype: str,
+    fused: bool = False,
 ) -> Tensor:
-    """`vramplan.train.fused_loss`: loss and gradient of the hidden states, chunk by chunk, in the forward."""
+    """`vramplan.train.fused_loss`: loss and gradient of the hidden states, chunk by chunk, in the forward.
+
+    `fused`: loss and gradient of a chunk by one kernel, in the place of its logits.
+    """
     hidden, vocab, dtype = spec.hidden_size, spec.vocab_size, hidden_states.dtype
     tokens, rows = hidden_states.rows, labelled[0].columns
-    chunk = chunk_tokens(max(rows, 1), hidden, vocab)
+    chunk = chunk_tokens(max(rows, 1), hidden, vocab, fused)
 
     def backward(g: Grads, n: Node) -> Grads:
         held = n.take_all()
@@ -107,12 +115,20 @@ def chunked_loss(
         weight = tape.new("head in bf16", vocab, hidden, BF16, "loss.logits")
     vector = tape.new("head bias in bf16", 1, vocab, BF16) if spec.lm_head_bias and head_dtype != BF16 else None
     total = tape.new("sum of the losses", 1, 1, FP32)
+    scale = None
+    if fused:
+        one = tape.new("1", 1, 1, FP32)
+        scale = tape.new("1 / items", 1, 1, FP32)
+        del one
     locals_: dict[str, Tensor] = {}
     lengths = [chunk] * (rows // chunk) + [rows % chunk] * (rows % chunk > 0)
     for part in (lengths[0], *lengths[-2:]) if len(lengths) > 3 else lengths:  # those in the middle are alike
-        loss_of_chunk(tape, spec, part, locals_)
+        if fused:
+            chunk_by_kernel(tape, spec, part)
+        else:
+            loss_of_chunk(tape, spec, part, locals_)
     loss = tape.new("loss", 1, 1, FP32)
-    del total, locals_, weight, vector
+    del total, locals_, weight, vector, scale
     if node is not None:
         node.save(tape, picked)
         node.save(tape, labelled[0])
@@ -137,3 +153,12 @@ def loss_of_chunk(tape: Tape, spec: ModelSpec, rows: int, held: dict[str, Tensor
     del losses, summed
     ones = tape.new("minus ones", rows, 1, FP32)
     del ones, logits, z
+
+
+def chunk_by_kernel(tape: Tape, spec: ModelSpec, rows: int) -> None:
+    """One turn of the loop in `_by_kernel`."""
+    logits = tape.new("logits of a chunk", rows, spec.vocab_size, BF16, "loss.logits")
+    tape.product(spec.lm_head_bias)
+    losses = tape.new("losses", rows, 1, FP32)
+    summed = tape.new("loss of a chunk", 1, 1, FP32)
+    del losses, summed, logits

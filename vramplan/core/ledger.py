@@ -10,6 +10,7 @@ from . import architecture as arch
 from . import resident
 from .allocator import Native, OutOfMemory, units
 from .expandable import Expandable, allocator
+from .fused import is_fused
 from .growth import play_grown
 from .loading import Held, Loader
 from .replay import Played, live_at_peak, play_run, workspaces
@@ -113,12 +114,19 @@ def check_run(spec: ModelSpec, run: RunSpec) -> None:
 
 
 @lru_cache(maxsize=16)
-def loaded(
-    spec: ModelSpec, double_quant: bool, lora: Lora, upcast: str, kind: str, random_weights: bool
+def _loaded(
+    spec: ModelSpec, double_quant: bool, lora: Lora, upcast: str, kind: str, random_weights: bool, flat: bool
 ) -> tuple[Held, Native]:
-    """A fresh process before its first step. Kept, because a search tries many runs of one model: clone it."""
     loader = Loader(allocator(kind), spec, double_quant, random_weights)
-    return loader.prepare(upcast, lora), loader.memory
+    return loader.prepare(upcast, lora, flat), loader.memory
+
+
+def loaded(spec: ModelSpec, run: RunSpec) -> tuple[Held, Native]:
+    """A fresh process before its first step. Kept, because a search tries many runs of one model: clone it."""
+    levers = run.levers
+    return _loaded(
+        spec, run.double_quant, run.lora, levers.upcast, levers.allocator, run.random_weights, is_fused(spec, run)
+    )
 
 
 def simulate(
@@ -131,14 +139,12 @@ def simulate(
     check_run(spec, run)
     unrolled = play(spec, run, gpu or NO_CARD)
     if loader is None:
-        held, before = loaded(
-            spec, run.double_quant, run.lora, run.levers.upcast, run.levers.allocator, run.random_weights
-        )
+        held, before = loaded(spec, run)
         memory = before.clone()
     else:
-        held, memory = loader.prepare(run.levers.upcast, run.lora), loader.memory
+        held, memory = loader.prepare(run.levers.upcast, run.lora, is_fused(spec, run)), loader.memory
         before = memory.clone()
-    on_card, paged = resident.optimizer_bytes(spec, run.lora, run.levers)
+    on_card, paged = resident.optimizer_bytes(spec, run)
     states = resident.state_births(spec, run)
     at_work = workspaces(unrolled)
     if isinstance(memory, Expandable):
@@ -194,7 +200,7 @@ def _laid_out(model: ModelSpec, run: RunSpec, card: GpuProfile) -> tuple[Simulat
         sim = simulate(model, run, card)
         return sim, sim.held, 0
     sim = simulate(model, replace(run, random_weights=True), card)
-    loading, _ = loaded(model, run.double_quant, run.lora, run.levers.upcast, run.levers.allocator, False)
+    loading, _ = loaded(model, replace(run, random_weights=False))
     return sim, loading, max(0, loading.resident.with_lora_bytes - sim.resident.with_lora_bytes)
 
 
@@ -254,7 +260,7 @@ def _lines(model: ModelSpec, run: RunSpec, sim: Simulation, live: list[tuple[int
     r = run.lora.r
     trainable = arch.trainable_parameters(model, run.lora)
     lines.append(
-        Line(key="adapter.lora", label=f"LoRA adapter, r={r}", bytes=resident.lora_bytes(model, run.lora),
+        Line(key="adapter.lora", label=f"LoRA adapter, r={r}", bytes=resident.lora_bytes(model, run),
              formula=f"{trainable:,} x 4 (float32)", group="adapter")
     )  # fmt: skip
     if sim.optimizer_bytes:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from . import architecture as arch
 from .allocator import Native, Op, units
+from .fused import lora_shapes
 from .types import Lora, ModelSpec, Resident
 
 NF4_CODE_BYTES, NESTED_CODE_BYTES = 64, 1024
@@ -45,7 +46,7 @@ class Loader:
         self._named: list[tuple[str, int, int]] = []  # what `_ops` adds to `plain`
         self._keys = 0
 
-    def prepare(self, upcast: str, lora: Lora) -> Held:
+    def prepare(self, upcast: str, lora: Lora, flat: bool = False) -> Held:
         """Load, prepare, wrap, empty the cache: the state in which the first step finds the card."""
         memory = self.memory
         memory.reset_peaks()
@@ -53,7 +54,7 @@ class Loader:
         loaded, load_peak, cached = memory.allocated, memory.peak_allocated, memory.reserved
         self.upcast(upcast)
         prepared = memory.allocated
-        self.add_lora(lora)
+        self.add_lora(lora, flat)
         peak, reserved = memory.peak_allocated, memory.peak_reserved
         memory.empty_cache()  # Trainer, through accelerate's `free_memory`
         found = Resident(loaded_bytes=loaded, prepared_bytes=prepared, with_lora_bytes=memory.allocated)
@@ -200,10 +201,19 @@ class Loader:
         if which == "all":
             self.memory.empty_cache()
 
-    def add_lora(self, lora: Lora) -> None:
-        """`get_peft_model`: A then B of every adapted Linear."""
+    def add_lora(self, lora: Lora, flat: bool = False) -> None:
+        """`get_peft_model`: A then B of every adapted Linear; `flat`: moved into one tensor a layer after that."""
         size = 4 if lora.dtype == "float32" else 2
-        for x in arch.lora_linears(self.spec, lora):
-            self._tensor(size * lora.r * x.in_features)
-            self._tensor(size * lora.r * x.out_features)
-        self._run(self.spec.num_layers)
+        sizes = [size * rows * columns for rows, columns in lora_shapes(self.spec, lora)]
+        if not flat:
+            for n in sizes:
+                self._tensor(n)
+            self._run(self.spec.num_layers)
+            return
+        memory, live = self.memory, self.live
+        parts = [[memory.malloc(n) for n in sizes] for _ in range(self.spec.num_layers)]
+        for layer in parts:
+            self._keys += 1
+            live[self._keys] = memory.malloc(sum(sizes))
+            for part in layer:
+                memory.free(part)

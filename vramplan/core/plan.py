@@ -55,8 +55,8 @@ class Quick:
 
     def _resident(self, run: RunSpec, unrolled: Unrolled) -> int:
         weights = resident.weights(self.model, run.double_quant, run.levers.upcast).total_bytes
-        state, _ = resident.optimizer_bytes(self.model, run.lora, run.levers)
-        return weights + resident.lora_bytes(self.model, run.lora) + state + sum(workspaces(unrolled))
+        state, _ = resident.optimizer_bytes(self.model, run)
+        return weights + resident.lora_bytes(self.model, run) + state + sum(workspaces(unrolled))
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:

@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from . import architecture as arch
+from .fused import adapter_shapes
 from .tape import GRANULE
-from .types import Levers, Line, Lora, ModelSpec, RunSpec
+from .types import Line, ModelSpec, RunSpec
 from .units import round_up
 
 BLOCK, NESTED_BLOCK = 64, 256
@@ -81,14 +82,13 @@ def weights(spec: ModelSpec, double_quant: bool, upcast: str = "none") -> Weight
     )
 
 
-def lora_bytes(spec: ModelSpec, lora: Lora) -> int:
-    """A [r, in] and B [out, r] of every adapted Linear, in the adapter's dtype. The gradients take the same."""
-    size = 4 if lora.dtype == "float32" else 2
-    per_layer = sum(
-        rounded(size * lora.r * x.in_features) + rounded(size * lora.r * x.out_features)
-        for x in arch.lora_linears(spec, lora)
-    )
-    return per_layer * spec.num_layers
+def lora_bytes(spec: ModelSpec, run: RunSpec) -> int:
+    """A [r, in] and B [out, r] of every adapted Linear, in the adapter's dtype; in fused layers as one flat tensor.
+
+    The gradients take the same.
+    """
+    size = 4 if run.lora.dtype == "float32" else 2
+    return sum(rounded(size * rows * columns) for rows, columns in adapter_shapes(spec, run)) * spec.num_layers
 
 
 # bytes of state per parameter and how bitsandbytes' 8-bit kinds treat small tensors: see optimizer_bytes
@@ -98,15 +98,15 @@ _MOMENTS = {"adamw_torch": 2, "adamw_torch_fused": 2, "paged_adamw_32bit": 2, "a
 MIN_8BIT, MIN_PAGED = 4096, 100_000
 
 
-def optimizer_bytes(spec: ModelSpec, lora: Lora, levers: Levers) -> tuple[int, int]:
+def optimizer_bytes(spec: ModelSpec, run: RunSpec) -> tuple[int, int]:
     """(bytes on the card, bytes in managed memory) of the optimizer's state.
 
     bitsandbytes 0.50.2: 8-bit state from 4,096 elements on, one float32 absmax per 256; a tensor is paged only from
     100,000 elements on; two 256-entry code tables once. torch: `step` is on the CPU, fused Adam's on the card.
     """
-    name = levers.optimizer
+    name = run.levers.optimizer
     on_card = paged = 0
-    for elements in lora_tensors(spec, lora):
+    for elements in adapter_shapes(spec, run):
         state = _state(name, *elements)
         if name.startswith("paged") and elements[0] * elements[1] >= MIN_PAGED:
             scales = _absmax(name, elements[0] * elements[1])
@@ -118,14 +118,6 @@ def optimizer_bytes(spec: ModelSpec, lora: Lora, levers: Levers) -> tuple[int, i
     if name.endswith("_8bit"):
         on_card += moments(name) * rounded(1024)
     return on_card, paged
-
-
-def lora_tensors(spec: ModelSpec, lora: Lora) -> list[tuple[int, int]]:
-    """Shapes of one layer's adapter: A then B of every adapted Linear."""
-    out = []
-    for x in arch.lora_linears(spec, lora):
-        out += [(lora.r, x.in_features), (x.out_features, lora.r)]
-    return out
 
 
 def moments(optimizer: str) -> int:
@@ -144,7 +136,7 @@ def state_births(spec: ModelSpec, run: RunSpec) -> list[int]:
     """Bytes on the card of every tensor of the optimizer's state, in the order of their birth in the first step."""
     name = run.levers.optimizer
     out = [rounded(1024)] * moments(name) if name.endswith("_8bit") else []
-    for rows, columns in lora_tensors(spec, run.lora) * spec.num_layers:
+    for rows, columns in adapter_shapes(spec, run) * spec.num_layers:
         n = rows * columns
         if name == "adafactor":
             out += [rounded(4 * rows), rounded(4 * columns)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import architecture as arch
+from . import fused
 from .attention import chunk, heads_of, narrow, rotary
 from .experts import sparse_moe_block
 from .ops import activation, clamp_, mul
@@ -79,12 +80,14 @@ def split(p: Player, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor,
 
 def rotate(p: Player, query_states: Tensor, key_states: Tensor, held: list[Tensor]) -> tuple[Tensor, Tensor]:
     """The rotary embedding, in layers that have one."""
-    spec = p.spec
+    spec, tape = p.spec, p.tape
     if spec.rope_layers and not spec.rope_layers[p.tape.layer % len(spec.rope_layers)]:
         return query_states, key_states
+    if p.fused_rotary:
+        return fused.rotate(p, query_states, "q rotary"), fused.rotate(p, key_states, "k rotary")
     cohere = spec.model_type in ("cohere", "cohere2")
     return rotary(
-        p.tape,
+        tape,
         query_states,
         key_states,
         p.shared.cos,
@@ -104,6 +107,9 @@ def mlp(p: Player, x: Tensor) -> Tensor:
     tape = p.tape
     if p.spec.num_experts:
         return sparse_moe_block(p, x)
+    if p.fuses and fused.fuses_mlp(p.spec):
+        down_proj = fused.gated_mlp(p, x)
+        return p.residual_dropout(down_proj) if p.spec.model_type == "seed_oss" else down_proj
     if p.spec.fused_gate_up:
         up_states = p.linear(x, "gate_up_proj")
         gate, up_states = chunk(tape, up_states, 2, "gate_up")

@@ -70,13 +70,14 @@ class Tensor:
     [B, h, S, D] lies so in memory; else it is the transposed view of heads that lie token by token, [B, S, h, D].
     """
 
-    __slots__ = ("__weakref__", "base", "by_head", "columns", "dtype", "node", "output", "rows", "storage")
+    __slots__ = ("__weakref__", "base", "by_head", "columns", "dtype", "made_of", "node", "output", "rows", "storage")
 
     def __init__(
         self, storage: Storage | None, rows: int, columns: int, dtype: str, node: Node | None = None, output: int = 0
     ) -> None:
         self.storage = storage  # None: resident, counted elsewhere
         self.base: Tensor | None = None
+        self.made_of: Tensor | None = None  # the input of the fused norm whose result it is
         self.by_head = False
         self.rows = rows
         self.columns = columns
@@ -217,6 +218,7 @@ class Tape:
         self.frame: Frame | None = None  # being run for the first time: saved tensors are dropped
         self.replay: tuple[Frame, list[int]] | None = None  # being recomputed
         self.cast_cache: dict[int, Tensor] | None = None  # autocast's copies of trainable weights
+        self.recording = True  # False: under no_grad, fused operations make no nodes
         self.layer = -1  # decoder layer being played; -1 outside
 
     # ------------------------------------------------------------------------------------------------- birth
@@ -229,6 +231,10 @@ class Tape:
 
     def parameter(self, rows: int, columns: int, dtype: str, name: str) -> Tensor:
         return Tensor(None, rows, columns, dtype, Leaf(self, name))
+
+    def leaf(self, variable: Tensor) -> Leaf:
+        """What makes a detached input collect its gradient."""
+        return Leaf(self, variable=variable.detach())
 
     def product(self, bias: bool = False) -> None:
         """Note a matrix product: a thread's first one makes a cuBLAS workspace that stays (cuBLASLt's for a bias)."""
@@ -283,13 +289,17 @@ class Tape:
     # ------------------------------------------------------------------------------------------------- backward
     def backward(self, root: Tensor, grad: Tensor) -> None:
         """Run the graph behind `root`. The caller must hold no other reference to `grad`."""
-        assert root.node is not None
-        waiting = _dependencies(root.node)
-        buffers: dict[Node, list[Tensor | None]] = {root.node: [grad]}
-        del grad
-        ready = [(-root.node.sequence, id(root.node), root.node)]
-        root_node = root.node
+        node, output = root.node, root.output
+        assert node is not None and output == 0
         del root
+        self.backward_from(node, grad)
+
+    def backward_from(self, root: Node, grad: Tensor) -> None:
+        """Run the graph behind a node of one output; also within the backward of another node."""
+        waiting = _dependencies(root)
+        buffers: dict[Node, list[Tensor | None]] = {root: [grad]}
+        del grad
+        ready = [(-root.sequence, id(root), root)]
         while ready:
             node = heapq.heappop(ready)[2]
             if node.layer != self.layer:
@@ -311,7 +321,6 @@ class Tape:
                     else:
                         heapq.heappush(ready, (-target.sequence, id(target), target))
                 result = None
-        del root_node
 
     def _run(self, node: Node, buffers: dict[Node, list[Tensor | None]]) -> list[Tensor | None]:
         assert node.fn is not None

@@ -14,7 +14,8 @@ from dataclasses import replace
 from math import lcm
 
 from . import architecture as arch
-from .blocks import Player, Shared, block
+from .blocks import Adapters, Player, Shared, block
+from .fused import FlatLora, HostInputs, adapter_shapes, checkpoint
 from .head import chunked_loss, full_loss, labelled_rows
 from .masks import always_masked, mask_given, mask_kind, padded, pattern_period
 from .ops import BF16, FP32, dropout, unary
@@ -51,7 +52,11 @@ class Step:
         self.player = Player(self.tape, spec, run, gpu)
         self.wide = FP32 if run.levers.upcast == "all" else BF16
         lora = run.lora
-        self.adapters = [
+        fuses = self.player.fuses
+        self.flats = [FlatLora(self.tape, spec, lora) for _ in range(spec.num_layers if fuses else 0)]
+        offloads = fuses and run.levers.checkpoint_offload
+        self.host = HostInputs(self.tape) if offloads else None
+        self.adapters: list[Adapters] = [
             {
                 x.short: (
                     self.tape.parameter(lora.r, x.in_features, lora.dtype, x.short + " lora_A"),
@@ -59,7 +64,7 @@ class Step:
                 )
                 for x in arch.lora_linears(spec, lora)
             }
-            for _ in range(spec.num_layers)
+            for _ in range(0 if fuses else spec.num_layers)
         ]
 
     # ---------------------------------------------------------------------------------------------------- playing
@@ -76,6 +81,8 @@ class Step:
         self.rec.mark("optimizer start")
         self.optimizer()
         self.rec.mark("optimizer zero_grad")
+        for flat in self.flats:
+            flat.grad = None
         for layer in self.adapters:
             for pair in layer.values():
                 for weight in pair:
@@ -138,7 +145,7 @@ class Step:
             scale = tape.new("embed_scale in fp32", 1, 1, FP32) if self.wide == FP32 else None
             inputs = unary(tape, inputs, "inputs_embeds scaled")
             del scale
-        if self.run.levers.checkpointing != "none":
+        if self.run.levers.checkpointing != "none" and not self.player.fuses:
             inputs.node = Leaf(tape, variable=inputs.detach())
         if self.spec.model_type == "granite":
             inputs = unary(tape, inputs, "inputs_embeds scaled")
@@ -151,7 +158,7 @@ class Step:
         self.tape.layer = -1
         self.rec.scope = "loss.logits"
         if labelled is not None:
-            return [chunked_loss(self.tape, self.spec, last_hidden_state, labelled, self.wide)]
+            return [chunked_loss(self.tape, self.spec, last_hidden_state, labelled, self.wide, self.player.fuses)]
         return full_loss(self.tape, self.spec, self.run, last_hidden_state, self.wide)
 
     def decoder(self, tokens: int) -> Tensor:
@@ -165,7 +172,7 @@ class Step:
         for index in range(spec.num_layers):
             tape.layer = index
             self.rec.mark(f"forward {index}")
-            player.adapters = self.adapters[index]
+            self.enter(index)
             cos, sin = tables[arch.rotary_kind(spec, index)]
             player.shared = Shared(cos, sin, masks.get(mask_kind(spec, self.run, index)), positions)
             hidden_states = self.layer(index, hidden_states)
@@ -196,6 +203,13 @@ class Step:
                 del looked_at
         return masks
 
+    def enter(self, index: int) -> None:
+        """The adapter of this layer is the one at hand."""
+        if self.flats:
+            self.player.flat = self.flats[index]
+        else:
+            self.player.adapters = self.adapters[index]
+
     def layer(self, index: int, hidden_states: Tensor) -> Tensor:
         player, tape = self.player, self.tape
         if not checkpointed(self.run.levers.checkpointing, index):
@@ -203,16 +217,19 @@ class Step:
             return block(player, hidden_states)
         if index and not self.run.levers.checkpoint_offload:
             self.rec.relabel(hidden_states, "activations.checkpoints", "layer input kept")
-        adapters, shared = self.adapters[index], player.shared
+        shared = player.shared
 
         def run(hidden_states: Tensor) -> Tensor:
             self.rec.scope = "activations.layers"
-            before, player.adapters, player.shared = player.shared, adapters, shared
+            self.enter(index)
+            before, player.shared = player.shared, shared
             try:
                 return block(player, hidden_states)
             finally:
                 player.shared = before  # the checkpoint's closure alone keeps it
 
+        if self.flats:
+            return checkpoint(player, index, run, hidden_states, self.host)
         return tape.checkpoint(run, hidden_states, self.run.levers.checkpoint_offload)
 
     def optimizer(self) -> None:
@@ -228,7 +245,7 @@ class Step:
         """transformers `Adafactor.step` without relative steps; `update` lives on until the next weight's."""
         tape, update = self.tape, None
         self.rec.scope = "optimizer.scratch"
-        for index, layer in enumerate(self.adapters):
+        for index, layer in enumerate(self.adapters):  # never flat: core.fused.SHAPED
             self.rec.mark(f"optimizer {index}")
             for w in (w for pair in layer.values() for w in pair):
                 self._rms()
@@ -275,11 +292,10 @@ class Step:
         """One tensor per adapter weight, all alive together."""
         self.rec.scope = "optimizer.scratch"
         held = []
-        for index, layer in enumerate(self.adapters):
+        for index in range(self.spec.num_layers):
             self.rec.mark(f"optimizer {index}")
-            for pair in layer.values():
-                for w in pair:
-                    held.append(self.tape.new(name, w.rows if whole else 1, w.columns if whole else 1, FP32))
+            for rows, columns in adapter_shapes(self.spec, self.run):
+                held.append(self.tape.new(name, rows if whole else 1, columns if whole else 1, FP32))
         self.rec.mark("optimizer step")
         return held
 

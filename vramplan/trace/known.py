@@ -50,7 +50,7 @@ OPERATIONS = frozenset({
     "aten._scaled_dot_product_efficient_attention", "aten._scaled_dot_product_efficient_attention_backward",
     "aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_flash_attention_backward", "aten._softmax",
     "aten._softmax_backward_data", "aten._to_copy", "aten._unsafe_view", "aten.abs", "aten.abs_", "aten.add",
-    "aten.add_", "aten.addmm", "aten.alias", "aten.all", "aten.amax", "aten.any", "aten.arange", "aten.argmax",
+    "aten.add_", "aten.addmm", "aten.addmm_", "aten.alias", "aten.as_strided", "aten.all", "aten.amax", "aten.any", "aten.arange", "aten.argmax",
     "aten.baddbmm", "aten.bitwise_and", "aten.bitwise_not", "aten.bitwise_or", "aten.bmm", "aten.cat", "aten.ceil",
     "aten.clamp", "aten.clamp_", "aten.clone", "aten.constant_pad_nd", "aten.copy_", "aten.cos", "aten.cumsum",
     "aten.detach", "aten.div", "aten.div_", "aten.embedding", "aten.empty", "aten.empty_like", "aten.eq", "aten.erf",

@@ -36,7 +36,7 @@ def estimate(
     """
     # as `core.ledger.estimate`: with the native allocator, the layout of a model built layer by layer
     built = replace(run, random_weights=run.random_weights or run.levers.allocator == "native")
-    result = traced(config, built, gpu, full_depth=full_depth)
+    result = traced(config, built, gpu, spec=spec, full_depth=full_depth)
     kind = run.levers.allocator
     least = minimum_bytes(result, kind)
     reserved = max(result.reserved_bytes, result.loading_reserved_bytes)

@@ -155,12 +155,20 @@ def prepare(model: Any, run: RunSpec, tracker: Tracker) -> Any:
                 if "norm" in type(module).__name__.lower():
                     module.to(torch.float32)
     tracker.at(OUTSIDE)
-    if levers.checkpointing != "none":
-        every = checkpoint_period(levers.checkpointing)
-        model.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
-        if levers.checkpoint_offload:
-            _offload(model, tracker)
+    if levers.kernels == "stock":
+        checkpoint(model, run, tracker)
     return model
+
+
+def checkpoint(model: Any, run: RunSpec, tracker: Tracker) -> None:
+    """transformers' own checkpointing, as the levers say."""
+    levers = run.levers
+    if levers.checkpointing == "none":
+        return
+    every = checkpoint_period(levers.checkpointing)
+    model.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+    if levers.checkpoint_offload:
+        _offload(model, tracker)
 
 
 def _offload(model: Any, tracker: Tracker) -> None:

@@ -20,6 +20,7 @@ from torch.nn import functional
 from transformers import masking_utils
 
 from vramplan.core.resident import MIN_PAGED
+from vramplan.trace import fused
 from vramplan.trace.attention import DEVICE, Attention, dropout
 from vramplan.trace.autocast import cuda_lists
 from vramplan.trace.recorder import Tracker
@@ -77,6 +78,7 @@ def _replacements(tracker: Tracker, padded: bool) -> list[tuple[Any, str, Any]]:
     yes = lambda *args, **kwargs: True  # noqa: E731
     no = lambda *args, **kwargs: False  # noqa: E731
     return [
+        *fused.replacements(tracker),
         (torch.cuda.amp.common, "amp_definitely_not_available", no),  # else autocast("cuda") turns itself off
         (torch.cuda, "is_bf16_supported", yes),
         (torch.utils, "swap_tensors", _swap),

@@ -17,18 +17,25 @@ from torch.utils._pytree import tree_leaves
 
 from vramplan.core.masks import padded
 from vramplan.core.tape import Recorder
-from vramplan.core.types import GpuProfile, RunSpec, Unplannable
+from vramplan.core.types import GpuProfile, ModelSpec, RunSpec, Unplannable
 from vramplan.trace import attention, rules
 from vramplan.trace import model as models
 from vramplan.trace.attention import DEVICE
 from vramplan.trace.autocast import autocast
+from vramplan.trace.fused import fuse, uninstalled
 from vramplan.trace.patches import like_cuda
 from vramplan.trace.recorder import OUTSIDE, Tracker
+from vramplan.train.fast.install import Fused
 from vramplan.train.fused_loss import decoder_of, fused_cross_entropy, head_of
 
 
-def trace(config: dict[str, Any], run: RunSpec, gpu: GpuProfile, layers: int) -> Tracker:
-    """The record of `run` on the model of this config.json, cut to `layers` decoder layers."""
+def trace(
+    config: dict[str, Any], run: RunSpec, gpu: GpuProfile, layers: int, spec: ModelSpec | None = None
+) -> Tracker:
+    """The record of `run` on the model of this config.json, cut to `layers` decoder layers.
+
+    `spec` is our description of the model, where there is one: it says what a fused layer's recomputation leaves out.
+    """
     tracker = Tracker(gpu, rules.RULES | attention.RULES)
     collecting = gc.isenabled()
     gc.disable()  # what dies is what the libraries drop, not what the collector happens to find
@@ -38,7 +45,7 @@ def trace(config: dict[str, Any], run: RunSpec, gpu: GpuProfile, layers: int) ->
         with like_cuda(tracker, padded(run)), fake, tracker:
             tracker.calibrate()
             tracker.rec = Recorder()
-            _play(config, run, tracker, layers)
+            _play(config, run, tracker, layers, spec)
     finally:
         gc.unfreeze()
         if collecting:
@@ -46,7 +53,7 @@ def trace(config: dict[str, Any], run: RunSpec, gpu: GpuProfile, layers: int) ->
     return tracker
 
 
-def _play(config: dict[str, Any], run: RunSpec, tracker: Tracker, layers: int) -> None:
+def _play(config: dict[str, Any], run: RunSpec, tracker: Tracker, layers: int, spec: ModelSpec | None) -> None:
     tracker.begin("load")
     model = models.load(models.configuration(config, layers), run, tracker)
     gc.collect()
@@ -55,24 +62,31 @@ def _play(config: dict[str, Any], run: RunSpec, tracker: Tracker, layers: int) -
     model = models.prepare(model, run, tracker)
     tracker.begin("lora")
     model = models.add_lora(model, run, tracker)
+    fused = fuse(model, spec, run, tracker, layers)
+    if fused is None and run.levers.kernels == "fused":
+        models.checkpoint(model.get_base_model(), run, tracker)
+    tracker.at(OUTSIDE)
     gc.collect()
     model.train()
-    step = TracedStep(model, run, tracker, layers)
-    step.play()
-    tracker.begin("end")
-    step.close()
+    with uninstalled(fused):
+        step = TracedStep(model, run, tracker, layers, fused)
+        step.play()
+        tracker.begin("end")
+        step.close()
 
 
 class TracedStep:
     """The optimizer step of the trainer or the loop, on the traced model."""
 
-    def __init__(self, model: Any, run: RunSpec, tracker: Tracker, layers: int) -> None:
+    def __init__(self, model: Any, run: RunSpec, tracker: Tracker, layers: int, fused: Fused | None) -> None:
         self.model, self.run, self.tracker = model, run, tracker
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        views = set() if fused is None else fused.views
+        self.parameters: list[Any] = [] if fused is None else list(fused.parameters)
+        self.parameters += [p for p in model.parameters() if p.requires_grad and id(p) not in views]
         self.names = {module: name for name, module in model.named_modules()}
         self.layers = layers_of(model, layers)
         self.layers_done = False
-        self.head = head_of(model.get_base_model()) if run.levers.loss == "fused" else None
+        self.head = head_of(model.get_base_model(), fused is not None) if run.levers.loss == "fused" else None
         self.hooks = self._watch()
         tracker.begin("ready")
         self.optimizer = models.optimizer(run.levers.optimizer, self.parameters)
@@ -173,6 +187,7 @@ class TracedStep:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             tracker = self.tracker
             if tracker.in_backward:
+                tracker.at(index)
                 tracker.recomputing, tracker.rec.scope = True, "activations.layers"
                 return
             tracker.at(index)

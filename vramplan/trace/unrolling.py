@@ -12,7 +12,7 @@ from torch import nn
 from vramplan.core.allocator import Native, OutOfMemory
 from vramplan.core.expandable import allocator
 from vramplan.core.timeline import checkpoint_period
-from vramplan.core.types import GpuProfile, RunSpec
+from vramplan.core.types import GpuProfile, ModelSpec, RunSpec
 from vramplan.core.unroll import LAYER_SHIFT, Change, Section, Unrolled
 from vramplan.trace import model as models
 from vramplan.trace.model import PER_LAYER
@@ -70,14 +70,16 @@ def _kind(layer: nn.Module, config: Any, index: int) -> tuple[Any, ...]:
     return tuple(seen)
 
 
-def traced(config: dict[str, Any], run: RunSpec, gpu: GpuProfile, *, full_depth: bool = False) -> Traced:
+def traced(
+    config: dict[str, Any], run: RunSpec, gpu: GpuProfile, *, spec: ModelSpec | None = None, full_depth: bool = False
+) -> Traced:
     """Trace `run` and replay it: two steps, of which the second is the steady one. Raises Unplannable."""
     whole = models.configuration(config, None)
     model = models.skeleton(whole, run)
     depth = whole.num_hidden_layers
     every = None if full_depth else period(model, whole, run)
     played = depth if every is None else min(depth, 4 * every + depth % every)
-    tracker = trace(config, run, gpu, played)
+    tracker = trace(config, run, gpu, played, spec)
     unrolled = Unrolled(tracker.rec, played, depth, every or 1)
     result = Traced(unrolled, allocator(run.levers.allocator), tracker.kernels, adapter=tracker.adapter)
     result.parameters = sum(p.numel() for p in model.parameters())
@@ -87,7 +89,7 @@ def traced(config: dict[str, Any], run: RunSpec, gpu: GpuProfile, *, full_depth:
     except KeyError:  # a tensor of a layer died that others of its kind do not have: they are not alike after all
         if every is None:
             raise
-        return traced(config, run, gpu, full_depth=True)
+        return traced(config, run, gpu, spec=spec, full_depth=True)
     return result
 
 

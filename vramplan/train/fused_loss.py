@@ -120,7 +120,7 @@ def _compute_dtype(head: Head, device: str) -> torch.dtype:
 
 def _loss_and_gradient(picked: Tensor, targets: Tensor, head: Head, normaliser: Tensor | float, grad: bool) -> Tensor:
     """The loss; when `grad`, `picked` [n, hidden_size] is overwritten by the loss's gradient, chunk by chunk."""
-    if head.fused and picked.is_cuda:
+    if head.fused and kernels.on_card(picked):
         return _by_kernel(picked, targets, head, normaliser, grad)
     wide = torch.promote_types(picked.dtype, torch.float32)
     total = torch.zeros((), dtype=wide, device=picked.device)

@@ -101,9 +101,10 @@ class _Checkpoint(torch.autograd.Function):  # type: ignore[misc]
     @torch.autograd.function.once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         owner: Checkpoints = ctx.owner
+        layer, ctx.layer = ctx.layer, None  # it holds the tables of the rotary embedding, and autograd holds ctx
         (x,) = ctx.saved_tensors if owner.host is None else (owner.host.fetch(ctx.index),)
         x = x.detach().requires_grad_(ctx.needs_input_grad[0])
-        edge = owner.recompute(ctx.layer, x, ctx.index, ctx.autocast, ctx.random)
+        edge = owner.recompute(layer, x, ctx.index, ctx.autocast, ctx.random)
         torch.autograd.backward(edge, grad)
         return x.grad, None, None, None, None
 

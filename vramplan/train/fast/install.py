@@ -20,11 +20,9 @@ from vramplan.train.fast import kernels, norm, rotary
 from vramplan.train.fast.checkpoint import Checkpoints
 from vramplan.train.fast.flat import FlatLora, Slot
 from vramplan.train.fast.linear import Base, Group, SharedInput, linears
-from vramplan.train.fast.mlp import Mlp, gated_mlp
+from vramplan.train.fast.mlp import PARTS, Mlp, activation_of, gated_mlp
 
 TOGETHER = ("q_proj", "k_proj", "v_proj")  # Linears that attention calls with the same tensor
-MLP_PARTS = ("gate_proj", "up_proj", "down_proj")
-ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh", "GELUActivation": "gelu"}
 
 
 @dataclass
@@ -107,10 +105,11 @@ def install(model: Any, levers: Levers, device: torch.device, skips_last: bool, 
     assert layers is not None
     fused = Fused()
     norms: dict[Any, norm.Norm | None] = {}
+    activations: dict[Any, str | None] = {}
     mlps: list[Mlp | None] = []
     anchors: list[Tensor | None] = []
     for layer in layers:
-        lora, mlp = _fuse_layer(layer, fused)
+        lora, mlp = _fuse_layer(layer, fused, activations)
         mlps.append(mlp if skips_last else None)
         anchors.append(lora.parameter)
     decoder = getattr(model.get_base_model(), model.get_base_model().base_model_prefix)
@@ -122,16 +121,24 @@ def install(model: Any, levers: Levers, device: torch.device, skips_last: bool, 
 
 
 # -------------------------------------------------------------------------------------------------- one layer
-def _fuse_layer(layer: nn.Module, fused: Fused) -> tuple[FlatLora, Mlp | None]:
-    """Replace the Linears and the MLP of a layer, and move its adapters into one flat tensor."""
+def _fuse_layer(
+    layer: nn.Module, fused: Fused, activations: dict[Any, str | None]
+) -> tuple[FlatLora, Mlp | None]:
+    """Replace the Linears and the MLP of a layer, and move its adapters into one flat tensor.
+
+    `activations` remembers what the classes of MLPs turned out to be.
+    """
     lora = FlatLora()
     slots: list[tuple[Slot, list[Any]]] = []
     done: set[int] = set()
     mlp: Mlp | None = None
     for module in layer.modules():
-        if all(_is_linear(getattr(module, name, None)) for name in MLP_PARTS) and _activation(module) is not None:
-            gate, up, down = (getattr(module, name) for name in MLP_PARTS)
-            mlp = Mlp(_group([gate, up], lora, slots), _group([down], lora, slots), _activation(module) or "")
+        if all(_is_linear(getattr(module, name, None)) for name in PARTS):
+            activation = _known(activations, module)
+            if activation is None:
+                continue
+            gate, up, down = (getattr(module, name) for name in PARTS)
+            mlp = Mlp(_group([gate, up], lora, slots), _group([down], lora, slots), activation)
             module.forward = _mlp_forward(mlp)
             done |= {id(gate), id(up), id(down)}
         elif all(_is_linear(getattr(module, name, None)) for name in TOGETHER):
@@ -152,6 +159,12 @@ def _fuse_layer(layer: nn.Module, fused: Fused) -> tuple[FlatLora, Mlp | None]:
         fused.parameters.append(lora.parameter)
         fused.views |= {id(m.weight) for _, pairs in slots for pair in pairs for m in pair}
     return lora, mlp
+
+
+def _known(activations: dict[Any, str | None], module: nn.Module) -> str | None:
+    if type(module) not in activations:
+        activations[type(module)] = activation_of(module)
+    return activations[type(module)]
 
 
 def _is_linear(module: Any) -> bool:
@@ -181,28 +194,16 @@ def _group(modules: Sequence[Any], lora: FlatLora, slots: list[tuple[Slot, list[
 
 def _linear_forward(group: Group) -> Any:
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return linears(group, _half(x))[0]
+        return linears(group, x)[0]
 
     return forward
 
 
 def _mlp_forward(mlp: Mlp) -> Any:
     def forward(x: Tensor) -> Tensor:
-        return gated_mlp(mlp, _half(x))
+        return gated_mlp(mlp, x)
 
     return forward
-
-
-def _half(x: Tensor) -> Tensor:
-    """A float32 stream (a LayerNorm under autocast) enters a product as autocast would have it."""
-    if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
-
-
-def _activation(module: Any) -> str | None:
-    kind = type(getattr(module, "act_fn", None)).__name__
-    return ACTIVATIONS.get(kind)
 
 
 # ------------------------------------------------------------------------------------------- norms and rotary

@@ -22,6 +22,10 @@ def available(device_type: str) -> bool:
     return device_type != "cuda" or find_spec("triton") is not None
 
 
+def on_card(x: Any) -> bool:
+    return bool(x.is_cuda)
+
+
 def _card() -> Any:
     from vramplan.train.fast import triton_kernels
 
@@ -35,7 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, late: bool) -
     y = (offset + weight) * x / rms. `late`: multiplied in float32 and rounded once (Gemma, OLMo-2); else x / rms is
     rounded to the dtype of x first (Llama).
     """
-    if x.is_cuda:
+    if on_card(x):
         out: tuple[Tensor, Tensor] = _card().rms_norm(x, weight, eps, offset, late)
         return out
     wide = x.float() if x.dtype != torch.float64 else x
@@ -50,7 +54,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, late: bool) -
 
 def rms_norm_backward(grad: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, offset: float) -> Tensor:
     """The gradient of x; the weight is frozen."""
-    if x.is_cuda:
+    if on_card(x):
         return _card().rms_norm_backward(grad, x, inverse, weight, offset)  # type: ignore[no-any-return]
     kind = torch.promote_types(x.dtype, torch.float32)
     inverse = inverse.reshape(*x.shape[:-1], 1)
@@ -65,7 +69,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool = False) -> Tenso
 
     `backward`: the gradient of x from the gradient of the result (the transposed turn).
     """
-    if x.is_cuda:
+    if on_card(x):
         return _card().rotate(x, cos, sin, backward)  # type: ignore[no-any-return]
     half = x.shape[-1] // 2
     kind = torch.promote_types(x.dtype, torch.float32)
@@ -84,14 +88,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool = False) -> Tenso
 # --------------------------------------------------------------------------------------------------- gated MLP
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """act(gate) * up."""
-    if gate.is_cuda:
+    if on_card(gate):
         return _card().gated(gate, up, activation)  # type: ignore[no-any-return]
     return _activate(gate, activation) * up
 
 
 def gated_backward_(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
     """In place: grad becomes act(gate) * up, gate its own gradient, up its own gradient."""
-    if gate.is_cuda:
+    if on_card(gate):
         _card().gated_backward_(grad, gate, up, activation)
         return
     with torch.enable_grad():
@@ -113,7 +117,7 @@ def _activate(x: Tensor, activation: str) -> Tensor:
 def dequantise(weight: Any, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     """Rows start:stop of a 4-bit weight (`bitsandbytes.nn.Params4bit`, blocks of 64) as [stop - start, in]."""
     state = weight.quant_state
-    if weight.is_cuda:
+    if on_card(weight):
         return _card().dequantise(weight, state, start, stop, dtype)  # type: ignore[no-any-return]
     import bitsandbytes.functional as bnb
 
@@ -124,8 +128,8 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Non
     """total += scale * a @ b, in the dtype of `total` (float32 for the gradients of LoRA), a and b in bf16."""
     if total.dtype == a.dtype:
         total.addmm_(a, b, alpha=scale)
-    elif total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, alpha=scale, out=total)
+    elif on_card(total):
+        _card().add_product_(total, a, b, scale)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype), alpha=scale)
 

@@ -57,16 +57,21 @@ class Group:
 
     # ------------------------------------------------------------------------------------------------- forward
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """x [T, in] -> (each y [T, out], x A^T [T, n * r])."""
+        """x [..., in] -> (each y [..., out], x A^T [T, n * r])."""
+        leading, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
         down = inner = None
         ups: list[Tensor] = []
         if self.slot is not None:
             down, ups = self.lora.weights(self.slot, x.dtype)
             inner = x @ down.t()
-        return [self._product(x, inner, ups, base) for base in self.bases], inner
+        outs = []
+        for base in self.bases:
+            y = x.new_empty(*leading, base.outputs)  # no view: some models change their q and k in place
+            self._product(x, inner, ups, base, y.view(-1, base.outputs))
+            outs.append(y)
+        return outs, inner
 
-    def _product(self, x: Tensor, inner: Tensor | None, ups: list[Tensor], base: Base) -> Tensor:
-        y = x.new_empty(x.shape[0], base.outputs)
+    def _product(self, x: Tensor, inner: Tensor | None, ups: list[Tensor], base: Base, y: Tensor) -> None:
         if inner is not None and base.adapter is not None:
             part, scale = self.part(inner, base.adapter)
             torch.addmm(y, part, ups[base.adapter].t(), beta=0, alpha=scale, out=y)
@@ -78,7 +83,6 @@ class Group:
             del weight
         if base.module.bias is not None:
             y.add_(base.module.bias)
-        return y
 
     def part(self, inner: Tensor, adapter: int) -> tuple[Tensor, float]:
         """(the columns of one adapter, its scaling)."""
@@ -110,55 +114,67 @@ class Group:
                 part, scale = self.part(inner, base.adapter)
                 kernels.add_product_(ups[base.adapter], grad.t(), part, scale)
 
-    def input_gradient(self, grads: Sequence[Tensor], inner_grad: Tensor | None, down: Tensor | None) -> Tensor:
-        """dx [T, in] = (s dy B) A + dy W, summed over the group."""
-        total: Tensor | None = None
+    def input_gradient(
+        self, grads: Sequence[Tensor], inner_grad: Tensor | None, down: Tensor | None, shape: torch.Size
+    ) -> Tensor:
+        """dx [..., in] = (s dy B) A + dy W, summed over the group."""
+        dx = grads[0].new_empty(shape)  # no view: autograd adds other gradients into what is nobody else's
+        total, begun = dx.view(-1, shape[-1]), False
         if inner_grad is not None and down is not None:
-            total = inner_grad @ down
+            begun = True
+            torch.mm(inner_grad, down, out=total)
         for base, grad in zip(self.bases, grads, strict=True):
             for part, weight in base.parts(grad):
-                if total is None:
-                    total = part @ weight
-                else:
+                if begun:
                     total.addmm_(part, weight)
+                else:
+                    torch.mm(part, weight, out=total)
+                begun = True
                 del weight
-        assert total is not None
-        return total
+        return dx
 
     def backward(
-        self, grads: Sequence[Tensor], source: Source, inner: Tensor | None, needs_input: bool
+        self, grads: Sequence[Tensor], source: Source, inner: Tensor | None, shape: torch.Size | None
     ) -> Tensor | None:
-        """Adds the gradients of the adapters; returns dx [T, in] if it is needed."""
+        """Adds the gradients of the adapters; returns dx of that shape, if one is given."""
         down = inner_grad = None
         if self.slot is not None and inner is not None:
             down, ups = self.lora.weights(self.slot, grads[0].dtype)
             inner_grad = self.inner_gradient(grads, ups)
             self.add_gradients(grads, source.again(), inner, inner_grad)
-        return self.input_gradient(grads, inner_grad, down) if needs_input else None
+        return None if shape is None else self.input_gradient(grads, inner_grad, down, shape)
 
 
 class _Linears(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor | None, group: Group, source: Source) -> tuple[Tensor, ...]:
-        outs, inner = group.forward(x.reshape(-1, x.shape[-1]))
+        outs, inner = group.forward(x)
         ctx.group, ctx.norm, ctx.shape = group, source.norm, x.shape
         if inner is not None:
             ctx.save_for_backward(source.tensor, inner)
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outs)
+        return tuple(outs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         flat = [g.reshape(-1, g.shape[-1]) for g in grads]
         tensor, inner = ctx.saved_tensors or (None, None)
-        dx = ctx.group.backward(flat, Source(tensor, ctx.norm), inner, ctx.needs_input_grad[0])
-        return (None if dx is None else dx.view(ctx.shape)), None, None, None
+        shape = ctx.shape if ctx.needs_input_grad[0] else None
+        return ctx.group.backward(flat, Source(tensor, ctx.norm), inner, shape), None, None, None
 
 
 def linears(group: Group, x: Tensor) -> tuple[Tensor, ...]:
     """All results of the group for x [..., in]."""
+    x = in_half(x)
     made: tuple[Tensor, ...] = _Linears.apply(x, group.anchor, group, source_of(x))
     return made
+
+
+def in_half(x: Tensor) -> Tensor:
+    """A float32 stream (a LayerNorm under autocast) enters a product as autocast would have it."""
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
 
 
 class SharedInput:

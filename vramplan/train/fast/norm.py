@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from vramplan.train.fast import kernels
 
+_TRIED = 32  # width of the norm that is tried
 _TAG = "_vramplan_normed"  # on the result of a fused norm: what it was made of
 
 
@@ -32,6 +32,7 @@ class _RmsNorm(torch.autograd.Function):  # type: ignore[misc]
         ctx.save_for_backward(x, inverse)
         ctx.norm = norm
         ctx.mark_non_differentiable(inverse)
+        ctx.set_materialize_grads(False)  # no zeros for it
         return y, inverse
 
     @staticmethod
@@ -55,6 +56,8 @@ class Source(NamedTuple):
 
 def forward(norm: Norm, x: Tensor) -> Tensor:
     """The norm of x, remembering what it was made of."""
+    if x.dim() == 4 and not x.is_contiguous() and x.transpose(1, 2).is_contiguous():  # heads that lie token by token
+        return forward(norm, x.transpose(1, 2)).transpose(1, 2)
     x = x.contiguous()
     y: Tensor = _RmsNorm.apply(x, norm)[0]
     setattr(y, _TAG, Source(x.detach(), norm))
@@ -68,20 +71,22 @@ def source_of(x: Tensor) -> Source:
 
 
 def norm_of(module: nn.Module) -> Norm | None:
-    """The meaning of an RMSNorm module of transformers, found by trying it in bf16; None if it is none."""
+    """The meaning of an RMSNorm module of transformers, found by trying a small one in bf16; None if it is none."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if weight is None or weight.dim() != 1 or not isinstance(eps, float) or getattr(module, "bias", None) is not None:
         return None
-    trial = copy.deepcopy(module).to("cpu", torch.bfloat16)
-    x = torch.randn(8, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        try:
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(8, _TRIED, generator=random).to(torch.bfloat16)
+    try:
+        trial: Any = type(module)(_TRIED, eps=eps).to(torch.bfloat16)
+        trial.weight.data = torch.rand(_TRIED, generator=random).to(torch.bfloat16)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             wanted = trial(x)
-        except Exception:  # a module that needs more than its input
-            return None
-        for offset, late in ((0.0, False), (0.0, True), (1.0, True)):
-            got, _ = Norm(trial.weight, eps, offset, late)(x)
-            if got.dtype == wanted.dtype and torch.allclose(got.float(), wanted.float(), rtol=1e-6, atol=1e-6):
-                return Norm(weight, eps, offset, late)
+    except Exception:  # a module that is made or called otherwise
+        return None
+    for offset, late in ((0.0, False), (0.0, True), (1.0, True)):
+        got, _ = Norm(trial.weight, eps, offset, late)(x)
+        if got.dtype == wanted.dtype and torch.allclose(got.float(), wanted.float(), rtol=1e-6, atol=1e-6):
+            return Norm(weight, eps, offset, late)
     return None

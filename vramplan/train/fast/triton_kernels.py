@@ -247,6 +247,11 @@ def dequantise(weight: Any, state: Any, start: int, stop: int, dtype: torch.dtyp
     return out
 
 
+def add_product_(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """cuBLAS adds bf16 products into a float32 matrix itself."""
+    torch.addmm(total, a, b, out_dtype=total.dtype, alpha=scale, out=total)
+
+
 # ------------------------------------------------------------------------------------------------- the loss
 @triton.jit
 def _cross_entropy(logits_ptr, target_ptr, loss_ptr, scale_ptr, multiplier, softcap, n: tl.constexpr,
