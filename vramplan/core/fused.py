@@ -65,7 +65,7 @@ def skips_last(spec: ModelSpec) -> bool:
 def groups(spec: ModelSpec) -> list[tuple[str, ...]]:
     """The Linears of a layer, by those that are one operation."""
     names = [x.short for x in arch.layer_linears(spec)]
-    out = [part for part in (MLP_PARTS[:2], MLP_PARTS[2:]) if fuses_mlp(spec)]
+    out: list[tuple[str, ...]] = [part for part in (MLP_PARTS[:2], MLP_PARTS[2:]) if fuses_mlp(spec)]
     if set(TOGETHER) <= set(names):
         out.append(TOGETHER)
     taken = {name for group in out for name in group}
@@ -154,7 +154,9 @@ class Group:
         return inner
 
     def input_gradient(self, rows: int) -> Tensor:
-        total = self.tape.new(f"gradient of {self.shapes[0].short} input", rows, self.inputs, BF16) if self.outs else None
+        total = (
+            self.tape.new(f"gradient of {self.shapes[0].short} input", rows, self.inputs, BF16) if self.outs else None
+        )
         for shape in self.shapes:
             for _ in self._dequantised(shape):
                 if total is None:
@@ -344,8 +346,7 @@ def checkpoint(p: Player, index: int, layer: object, x: Tensor, host: HostInputs
     def backward(g: Grads, n: Node) -> Grads:
         saved = n.take(0) if host is None else host.fetch(index, shape)
         again = saved.detach()
-        if n.needs(0):
-            again.node = tape.leaf(again)
+        leaf = again.node = tape.leaf(again) if n.needs(0) else None
         scope, tape.rec.scope = tape.rec.scope, "activations.layers"
         p.skip = skips_last(p.spec)
         out = layer(again)
@@ -354,8 +355,8 @@ def checkpoint(p: Player, index: int, layer: object, x: Tensor, host: HostInputs
         end = out.node
         del out
         tape.backward_from(end, _first(g))
-        dx = again.node.grad if again.node is not None else None
-        del saved, again
+        dx = leaf.grad if leaf is not None else None
+        del saved, again, leaf
         return (dx,)
 
     node = Node(tape, (x,), backward)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 LEAST_BYTES = 64 * 2**20  # of a chunk's bf16 logits, where that is less than the rest of a fused step needs anyway
 
 

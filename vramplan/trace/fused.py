@@ -19,7 +19,7 @@ from vramplan.core.fused import SHAPED, skips_last
 from vramplan.core.types import ModelSpec, RunSpec
 from vramplan.trace.attention import DEVICE
 from vramplan.trace.recorder import Tracker
-from vramplan.train.fast import checkpoint, flat, install, kernels, norm, rotary
+from vramplan.train.fast import checkpoint, flat, install, kernels, mlp, norm, rotary
 
 Replacement = tuple[Any, str, Any]
 
@@ -162,7 +162,7 @@ def replacements(tracker: Tracker) -> list[Replacement]:
     return [
         (kernels, "on_card", lambda x: True),
         (kernels, "_card", lambda: card),
-        (install, "activation_of", _on_host(_outside(install.activation_of))),
+        (install, "activation_of", _on_host(_outside(mlp.activation_of))),
         (norm, "norm_of", _on_host(_outside(norm.norm_of))),
         (rotary, "same_meaning", _on_host(_outside(rotary.same_meaning))),
         (checkpoint._Checkpoint, "backward", backward),

@@ -29,9 +29,7 @@ from vramplan.train.fast.install import Fused
 from vramplan.train.fused_loss import decoder_of, fused_cross_entropy, head_of
 
 
-def trace(
-    config: dict[str, Any], run: RunSpec, gpu: GpuProfile, layers: int, spec: ModelSpec | None = None
-) -> Tracker:
+def trace(config: dict[str, Any], run: RunSpec, gpu: GpuProfile, layers: int, spec: ModelSpec | None = None) -> Tracker:
     """The record of `run` on the model of this config.json, cut to `layers` decoder layers.
 
     `spec` is our description of the model, where there is one: it says what a fused layer's recomputation leaves out.

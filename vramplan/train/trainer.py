@@ -146,10 +146,10 @@ class QloraTrainer(Trainer):  # type: ignore[misc]
     # ----------------------------------------------------------------------------------------------- optimizer
     def create_optimizer(self, model: Any = None) -> Any:
         """As transformers', on what is really trained: of a fused layer its one flat tensor."""
-        if self.optimizer is None:
+        if self.optimizer is None:  # type: ignore[has-type]
             cls, keywords = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             group = {"params": self.trained, "weight_decay": self.args.weight_decay}
-            self.optimizer = cls([group], **keywords)
+            self.optimizer: Any = cls([group], **keywords)
             # Trainer clears the gradients of the model's parameters, of which the flat ones are none.
             self.optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad(set_to_none=True))
         return self.optimizer
@@ -185,7 +185,7 @@ class QloraTrainer(Trainer):  # type: ignore[misc]
 
 
 def trained_parameters(model: Any, fused: Fused | None) -> list[torch.nn.Parameter]:
-    """What the optimizer steps: the flat tensors of fused layers, and every other parameter that requires a gradient."""
+    """What the optimizer steps: the flat tensors of fused layers, and what else requires a gradient."""
     flat = [] if fused is None else fused.parameters
     views = set() if fused is None else fused.views
     return [*flat, *(p for p in model.parameters() if p.requires_grad and id(p) not in views)]

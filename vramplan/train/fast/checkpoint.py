@@ -98,7 +98,7 @@ class _Checkpoint(torch.autograd.Function):  # type: ignore[misc]
         return layer(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[misc]
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         owner: Checkpoints = ctx.owner
         layer, ctx.layer = ctx.layer, None  # it holds the tables of the rotary embedding, and autograd holds ctx

@@ -121,9 +121,7 @@ def install(model: Any, levers: Levers, device: torch.device, skips_last: bool, 
 
 
 # -------------------------------------------------------------------------------------------------- one layer
-def _fuse_layer(
-    layer: nn.Module, fused: Fused, activations: dict[Any, str | None]
-) -> tuple[FlatLora, Mlp | None]:
+def _fuse_layer(layer: nn.Module, fused: Fused, activations: dict[Any, str | None]) -> tuple[FlatLora, Mlp | None]:
     """Replace the Linears and the MLP of a layer, and move its adapters into one flat tensor.
 
     `activations` remembers what the classes of MLPs turned out to be.
@@ -174,7 +172,9 @@ def _is_linear(module: Any) -> bool:
 
 
 def _group(modules: Sequence[Any], lora: FlatLora, slots: list[tuple[Slot, list[Any]]]) -> Group:
-    bases, pairs, scalings = [], [], []
+    bases: list[Base] = []
+    pairs: list[Any] = []
+    scalings: list[float] = []
     for module in modules:
         adapted = hasattr(module, "lora_A")
         base = module.get_base_layer() if adapted else module
@@ -215,7 +215,7 @@ def _fuse_norm(module: nn.Module, known: dict[Any, norm.Norm | None]) -> None:
         known[kind] = norm.norm_of(module)
     like = known[kind]
     if like is not None:
-        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        eps: Any = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         mine = like._replace(weight=module.weight, eps=eps)
         module.forward = lambda x, _norm=mine: norm.forward(_norm, x)
 

@@ -55,7 +55,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, late: bool) -
 def rms_norm_backward(grad: Tensor, x: Tensor, inverse: Tensor, weight: Tensor, offset: float) -> Tensor:
     """The gradient of x; the weight is frozen."""
     if on_card(x):
-        return _card().rms_norm_backward(grad, x, inverse, weight, offset)  # type: ignore[no-any-return]
+        return _card().rms_norm_backward(grad, x, inverse, weight, offset)
     kind = torch.promote_types(x.dtype, torch.float32)
     inverse = inverse.reshape(*x.shape[:-1], 1)
     normed = x.to(kind) * inverse
@@ -70,7 +70,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool = False) -> Tenso
     `backward`: the gradient of x from the gradient of the result (the transposed turn).
     """
     if on_card(x):
-        return _card().rotate(x, cos, sin, backward)  # type: ignore[no-any-return]
+        return _card().rotate(x, cos, sin, backward)
     half = x.shape[-1] // 2
     kind = torch.promote_types(x.dtype, torch.float32)
     c, s = cos.unsqueeze(1).to(kind), sin.unsqueeze(1).to(kind)
@@ -89,7 +89,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool = False) -> Tenso
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """act(gate) * up."""
     if on_card(gate):
-        return _card().gated(gate, up, activation)  # type: ignore[no-any-return]
+        return _card().gated(gate, up, activation)
     return _activate(gate, activation) * up
 
 
@@ -118,7 +118,7 @@ def dequantise(weight: Any, start: int, stop: int, dtype: torch.dtype) -> Tensor
     """Rows start:stop of a 4-bit weight (`bitsandbytes.nn.Params4bit`, blocks of 64) as [stop - start, in]."""
     state = weight.quant_state
     if on_card(weight):
-        return _card().dequantise(weight, state, start, stop, dtype)  # type: ignore[no-any-return]
+        return _card().dequantise(weight, state, start, stop, dtype)
     import bitsandbytes.functional as bnb
 
     return bnb.dequantize_4bit(weight.data, state).to(dtype)[start:stop]
@@ -142,4 +142,4 @@ def cross_entropy_(
 
     When `grad`, the logits become scale (a float32 scalar on the card) times their own gradient, in place.
     """
-    return _card().cross_entropy_(logits, targets, scale, multiplier, softcap, grad)  # type: ignore[no-any-return]
+    return _card().cross_entropy_(logits, targets, scale, multiplier, softcap, grad)

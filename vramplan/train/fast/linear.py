@@ -155,7 +155,7 @@ class _Linears(torch.autograd.Function):  # type: ignore[misc]
         return tuple(outs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[misc]
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         flat = [g.reshape(-1, g.shape[-1]) for g in grads]
         tensor, inner = ctx.saved_tensors or (None, None)

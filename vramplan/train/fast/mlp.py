@@ -46,7 +46,7 @@ class _GatedMlp(torch.autograd.Function):  # type: ignore[misc]
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[misc]
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
         tensor, gate, up, inner, product_inner = ctx.saved_tensors
         gate, up = gate.view(-1, gate.shape[-1]), up.view(-1, up.shape[-1])
@@ -94,7 +94,7 @@ def activation_of(module: nn.Module) -> str | None:
     return name if torch.allclose(got, wanted, rtol=1e-4, atol=1e-4) else None
 
 
-class _Times(nn.Module):
+class _Times(nn.Module):  # type: ignore[misc]
     """A Linear of the trial."""
 
     def __init__(self, weight: Tensor) -> None:

@@ -216,7 +216,9 @@ def _dequantise(packed_ptr, absmax_ptr, scales_ptr, scale_code_ptr, offset_ptr, 
     block = first + local
     if NESTED:
         q = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
-        scale = tl.load(scale_code_ptr + q, mask=mask, other=0.0) * tl.load(scales_ptr + block // 256, mask=mask, other=0.0)
+        scale = tl.load(scale_code_ptr + q, mask=mask, other=0.0) * tl.load(
+            scales_ptr + block // 256, mask=mask, other=0.0
+        )
         scale += tl.load(offset_ptr)
     else:
         scale = tl.load(absmax_ptr + block, mask=mask, other=0.0)
