@@ -75,6 +75,17 @@ def labelled_rows(labels: Tensor) -> tuple[Tensor, Tensor]:
     return rows, target[rows]
 
 
+def static_fused_loss(causal_lm: Any, head: Head, ids: Tensor, labels: Tensor, items: Tensor) -> Tensor:
+    """The same loss without asking which rows are labelled, so that nothing depends on the data: for CUDA graphs.
+
+    All rows but the last of each sequence take part; the kernel leaves out those whose label is IGNORED.
+    """
+    batch, seq = ids.shape
+    places = torch.arange(batch * seq, device=ids.device).view(batch, seq)[:, :-1].reshape(-1)
+    hidden = decoder_of(causal_lm)(input_ids=ids, use_cache=False)[0]
+    return fused_cross_entropy(hidden, places, labels[:, 1:].reshape(-1), head, items)
+
+
 def fused_cross_entropy(
     hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, normaliser: Tensor | float
 ) -> Tensor:

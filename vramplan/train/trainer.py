@@ -146,7 +146,7 @@ class QloraTrainer(Trainer):  # type: ignore[misc]
     # ----------------------------------------------------------------------------------------------- optimizer
     def create_optimizer(self, model: Any = None) -> Any:
         """As transformers', on what is really trained: of a fused layer its one flat tensor."""
-        if self.optimizer is None:  # type: ignore[has-type]
+        if self.optimizer is None:
             cls, keywords = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             group = {"params": self.trained, "weight_decay": self.args.weight_decay}
             self.optimizer: Any = cls([group], **keywords)

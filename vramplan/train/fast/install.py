@@ -14,6 +14,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 
 from vramplan.core.types import Levers
 from vramplan.train.fast import kernels, norm, rotary
@@ -116,6 +117,9 @@ def install(model: Any, levers: Levers, device: torch.device, skips_last: bool, 
     for module in decoder.modules():
         _fuse_norm(module, norms)
     _fuse_rotary(layers, model.get_base_model().config, fused)
+    # transformers looks for packed rows in every forward, and waits for the card to learn that there are none
+    fused.undo.append((masking_utils, "find_packed_sequence_indices", masking_utils.find_packed_sequence_indices))
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
     _checkpoint(layers, levers, device, mlps, anchors, stochastic, fused)
     return fused
 

@@ -140,6 +140,7 @@ def cross_entropy_(
 ) -> Tensor:
     """Losses float32 [rows] of logits [rows, V] (before multiplier and softcap) on a card.
 
-    When `grad`, the logits become scale (a float32 scalar on the card) times their own gradient, in place.
+    When `grad`, the logits become scale (a float32 scalar on the card) times their own gradient, in place. A row whose
+    target is negative counts nothing.
     """
     return _card().cross_entropy_(logits, targets, scale, multiplier, softcap, grad)

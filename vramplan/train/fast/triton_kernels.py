@@ -261,6 +261,7 @@ def _cross_entropy(logits_ptr, target_ptr, loss_ptr, scale_ptr, multiplier, soft
     row = tl.program_id(0).to(tl.int64)
     base = logits_ptr + row * n
     target = tl.load(target_ptr + row)
+    counts = tl.where(target >= 0, 1.0, 0.0)  # an ignored row has no loss and no gradient
     top = -float("inf")
     total = 0.0
     wanted = 0.0
@@ -274,9 +275,9 @@ def _cross_entropy(logits_ptr, target_ptr, loss_ptr, scale_ptr, multiplier, soft
         wanted += tl.sum(tl.where(column == target, z, 0.0), axis=0)
         top = highest
     lse = top + tl.log(total)
-    tl.store(loss_ptr + row, lse - wanted)
+    tl.store(loss_ptr + row, (lse - wanted) * counts)
     if GRAD:
-        scale = tl.load(scale_ptr) * multiplier
+        scale = tl.load(scale_ptr) * multiplier * counts
         for start in range(0, n, N):
             column = start + tl.arange(0, N)
             z = tl.load(base + column, mask=column < n, other=-float("inf")).to(tl.float32) * multiplier
