@@ -109,6 +109,9 @@ class LiveDisplay:
                 completed=_int(event.get("step")) or 0,
                 description=step_text(event, self.total, self.planned_bytes),
             )
+        elif event.get("event") == "eval_progress":
+            description = f"evaluating, {event.get('done', '?')} of {event.get('total', '?')} batches"
+            self.progress.update(self.task, description=description)
         elif text := event_text(event):
             if event.get("event") == "phase":
                 self.progress.update(self.task, description=text)
@@ -142,7 +145,9 @@ def event_text(event: Event) -> str | None:
             f"{event.get('examples', '?')} examples{since}"
         )
     if kind == "eval" and (loss := _float(event.get("loss"))) is not None:
-        return f"eval: held-out loss {loss:.3f} at step {event.get('step', '?')}"
+        perplexity = _float(event.get("perplexity"))
+        beside = f" (perplexity {perplexity:.4g})" if perplexity is not None else ""
+        return f"eval: held-out loss {loss:.3f}{beside} at step {event.get('step', '?')}"
     if kind == "warning":
         return one_line(f"warning: {event.get('message', '')}")
     if kind == "sample":

@@ -66,14 +66,18 @@ def clean(folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_adapter(model: Any, tokenizer: Any, base: str, target: Path) -> None:
-    """The adapter as plain PEFT writes it, with the tokenizer. `base` is what PEFT will load the base model from."""
+def save_adapter(model: Any, tokenizer: Any, base: str, card: str, target: Path) -> None:
+    """The adapter as plain PEFT writes it, with the tokenizer and our card in place of PEFT's.
+
+    `base` is what PEFT will load the base model from.
+    """
     for config in model.peft_config.values():
         config.base_model_name_or_path = base
     with whole_folder(target) as temporary:
         # "auto" would ask the Hub whether the vocabulary has changed; embeddings are never trained here.
         model.save_pretrained(str(temporary), save_embedding_layers=False)
         tokenizer.save_pretrained(str(temporary))
+        (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
 def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
