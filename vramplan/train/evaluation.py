@@ -25,7 +25,7 @@ class EvaluationStopped(Exception):
 
 def perplexity(loss: float) -> float:
     """e to the loss; infinite where that is no number a float can hold."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss > 700 else math.exp(loss)
 
 
 class Evaluating(Trainer):  # type: ignore[misc]
