@@ -20,7 +20,7 @@ from train_tools import make_model, make_run, make_text, measurement  # noqa: E4
 
 from vramplan.core.types import DataSpec, Measurement, RunSpec  # noqa: E402
 from vramplan.sources import records  # noqa: E402
-from vramplan.train.card import Card, base_name, prediction_in  # noqa: E402
+from vramplan.train.card import Card, prediction_in  # noqa: E402
 from vramplan.train.data import Examples, Splits, TokenStore  # noqa: E402
 
 
@@ -138,21 +138,6 @@ def test_a_data_set_of_the_hub_is_in_the_head(tmp_path: Path) -> None:
     assert (data.base_model, data.datasets) == ("org/base", ["org/rows"])
     assert "The run was interrupted after step 60." in text
     assert "that of step 7, which had the lowest held-out loss" in text
-
-
-@pytest.mark.parametrize(
-    ("model", "path", "expected"),
-    [
-        ("llama-2-7b", "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-hf"),
-        ("org/name", None, "org/name"),
-        ("x", "/home/me/.cache/huggingface/hub/models--org--Some-7B/snapshots/0123abcd", "org/Some-7B"),
-        ("x", "/home/me/models/Some 7B", "Some-7B"),
-        ("x", "./weights/some.Q8_0.gguf", "some.Q8_0.gguf"),
-        ("/home/me/m", None, "m"),
-    ],
-)
-def test_the_base_has_a_name_and_no_path(model: str, path: str | None, expected: str) -> None:
-    assert base_name(RunSpec(model=model, model_path=path)) == expected
 
 
 def test_a_random_model_says_so(tmp_path: Path) -> None:

@@ -177,15 +177,15 @@ def use(*sections: Section) -> Callable[[F], F]:
     return decorate
 
 
-def _in(section: str) -> Callable[..., Callable[[Any], Any]]:
+def in_section(section: str) -> Callable[..., Callable[[Any], Any]]:
     def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
         return click.option(*names, cls=SectionOption, section=section, **settings)
 
     return option
 
 
-_run, _lora, _lever = _in("Run"), _in("LoRA"), _in("Levers, each overriding the recipe")
-_card, _data, _out = _in("Card"), _in("Data"), _in("Output")
+_run, _lora, _lever = in_section("Run"), in_section("LoRA"), in_section("Levers, each overriding the recipe")
+_card, _data, _out = in_section("Card"), in_section("Data"), in_section("Output")
 
 OPTIMIZER_ALIASES = {
     "adamw_bnb_8bit": "adamw_8bit",

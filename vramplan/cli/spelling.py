@@ -105,7 +105,7 @@ class Translation:
         if name in self.options:
             self._known(name, said, rest)
         elif name in MODEL:
-            self.words.append(_value(name, said, rest))
+            self.words.append(("--base=" if "--base" in self.options else "") + _value(name, said, rest))
         elif name == "--resume-from-checkpoint" and "--resume" in self.options:
             self._resume(_value(name, said, rest))
         elif name in GIVEN:

@@ -45,6 +45,8 @@ LR_SCHEDULERS = (  # transformers.SchedulerType
 INTERVALS = ("no", "steps", "epoch")  # when to evaluate
 SAVE_STRATEGIES = (*INTERVALS, "best")
 REPORTERS = ("tensorboard", "wandb", "trackio")
+MERGE_DTYPES = ("bfloat16", "float16", "float32")
+MERGE_BASES = ("original", "nf4")  # the base's own weights, or as NF4 rounded them
 VERDICTS = ("fits", "tight", "does_not_fit")
 BASES = ("exact", "modelled", "measured")
 
@@ -251,6 +253,20 @@ class RunSpec(Value):
     random_weights: bool = False  # build the model from its config alone: memory and speed, no language
     data: DataSpec | None = None
     schedule: Schedule = field(default_factory=Schedule)
+
+
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
+class MergeSpec(Value):
+    """What `vramplan merge` is asked for. `base` is a folder or a Hub id, `base_name` what the card calls it."""
+
+    adapter: str  # its folder
+    base: str
+    base_name: str
+    output: str
+    dtype: str = "bfloat16"
+    max_shard_bytes: int = 5 * 10**9
+    onto: str = "original"
+    double_quant: bool = True  # how the base was quantised, for onto="nf4"
 
 
 # ----------------------------------------------------------------------------------------------------- the card

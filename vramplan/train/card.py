@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from vramplan.core.names import public_name
 from vramplan.core.types import Ledger, Measurement, Plan, RunSpec
 from vramplan.core.units import human
 from vramplan.errors import VramplanError
@@ -15,7 +16,6 @@ from vramplan.sources import records
 from vramplan.train.data import Splits
 from vramplan.train.evaluation import perplexity
 
-_CACHED = re.compile(r"models--([^/\\]+)")  # a snapshot in the Hub's cache: models--org--name/snapshots/HASH
 _HUB_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?\Z")
 
 Rows = list[tuple[str, str]]
@@ -27,7 +27,7 @@ class Card:
     def __init__(self, run: RunSpec, splits: Splits, run_dir: Path, best_step: int | None = None) -> None:
         self.run, self.splits, self.best_step = run, splits, best_step
         self.prediction = prediction_in(run_dir)
-        self.base = base_name(run)
+        self.base = public_name(run.model if run.random_weights else run.model_path or run.model)
 
     def text(self, measurement: Measurement) -> str:
         """The whole README.md."""
@@ -130,17 +130,6 @@ def prediction_in(run_dir: Path) -> Ledger | None:
     return None
 
 
-def base_name(run: RunSpec) -> str:
-    """What others know the base model by: its Hub id, else the name of its folder or file, never a path."""
-    name = run.model if run.random_weights else run.model_path or run.model
-    cached = _CACHED.search(name)
-    if cached:
-        return cached[1].replace("--", "/")
-    if _HUB_ID.match(name) and not Path(name).exists():
-        return name
-    return _one_word(Path(name).expanduser().absolute().name) or "model"
-
-
 def _data_name(run: RunSpec) -> str:
     if run.data is None:
         return "none"
@@ -186,7 +175,3 @@ def _perplexities(measurement: Measurement) -> str:
 def _cell(text: str) -> str:
     """Text that cannot break a row of a table."""
     return " ".join("".join(char if char.isprintable() else " " for char in text).split()).replace("|", "\\|")
-
-
-def _one_word(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.")
