@@ -27,7 +27,8 @@ HF_COMMAND_LINE = """
 --metric_for_best_model eval_loss --greater_is_better False --report_to tensorboard,wandb --run_name first
 --seed 7 --data_seed 8 --full_determinism False --bf16 True --load_in_4bit --use_bnb_nested_quant False
 --bnb_4bit_quant_type nf4 --gradient_checkpointing True --use_peft --lora_r 8 --lora_alpha 16 --lora_dropout 0.05
---lora_target_modules q_proj,v_proj --attn_implementation sdpa --push_to_hub False --fp16 False
+--lora_target_modules q_proj,v_proj --attn_implementation sdpa --push_to_hub False --fp16 False --max_steps -1
+--remove_unused_columns False --eval_accumulation_steps 4 --do_train --do_eval --use_liger_kernel
 """
 
 

@@ -33,6 +33,13 @@ class Reporters(ParamType):
         return names
 
 
+class MaxSteps(Whole):
+    """A number of steps, or transformers' -1: as many as the epochs have."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:  # type: ignore[override]
+        return None if value == "-1" else super().convert(value, param, ctx)
+
+
 def _in(section: str) -> Any:
     def option(flag: str, help: str = "", **settings: Any) -> Any:
         name = flag.removeprefix("--").replace("-", "_")
@@ -46,7 +53,7 @@ def _in(section: str) -> Any:
 _sched, _eval = _in("Schedule"), _in("Evaluation, checkpoints and reports")
 
 SCHEDULE: Section = (
-    _sched("--max-steps", "Optimizer steps; overrides epochs.", type=Whole(1, STEPS)),
+    _sched("--max-steps", "Optimizer steps; overrides epochs.", type=MaxSteps(1, STEPS)),
     _sched("--num-train-epochs", "Epochs.", type=Number(0, 10**6, low_open=True)),
     _sched("--learning-rate", "Peak rate.", type=Number(0, 100, low_open=True)),
     _sched("--lr-scheduler-type", "As in transformers.", type=OneOf(LR_SCHEDULERS, "schedule"), metavar="NAME"),

@@ -32,8 +32,8 @@ ALIASES = {
 }
 MODEL = ("--model-name-or-path", "--model-name", "--model")
 
-_TRUE, _FALSE = ("true",), ("false",)
-# What is so anyway: (the values that say it, why). Another value is refused.
+_TRUE, _FALSE, _ANY = ("true",), ("false",), ()
+# What is so anyway: (the values that say it, why). Another value is refused; without any, all are fine.
 GIVEN = {
     "--bf16": (_TRUE, "training computes in bf16"),
     "--load-in-4bit": (_TRUE, "the model is always loaded in 4 bits"),
@@ -45,6 +45,11 @@ GIVEN = {
     "--task-type": (("causal_lm",), "an adapter of a causal language model is what is trained"),
     "--bias": (("none",), "biases are not trained"),
     "--do-train": (_TRUE, "that is what train does"),
+    "--do-eval": (_TRUE, "rows that are held out are evaluated"),
+    "--logging-first-step": (_TRUE, "the first step is always reported"),
+    "--use-liger-kernel": (_TRUE, "--loss fused is what it is for"),
+    "--remove-unused-columns": (_ANY, "columns are read by their names"),
+    "--eval-accumulation-steps": (_ANY, "evaluation keeps no logits"),
     "--prediction-loss-only": (_TRUE, "evaluation keeps no logits"),
     "--metric-for-best-model": (("eval_loss", "loss"), "the best adapter is that with the lowest held-out loss"),
     "--greater-is-better": (_FALSE, "the best adapter is that with the lowest held-out loss"),
@@ -145,7 +150,7 @@ class Translation:
         if said is None and rest and (rest[0].lower() in _BOOLEANS or not boolean):
             said = rest.popleft()
         said = "true" if said is None else said
-        if said.lower() not in values:
+        if values and said.lower() not in values:
             raise InputError(f"{name} {said} is not possible: {why}", f"leave out {name}")
         self.notes.append(f"{name} needs no saying: {why}")
 

@@ -51,13 +51,14 @@ class PlainDisplay:
     def on_event(self, event: Event) -> None:
         if event.get("event") == "start":
             self.total = _int(event.get("total_steps"))
-        if event.get("event") == "step":
+        if event.get("event") in ("step", "eval_progress"):
             t = _float(event.get("t")) or 0.0
             last = self.total is not None and event.get("step") == self.total
             if t - self.last_t < EVERY_S and not last:
                 return
             self.last_t = t
-            self._say(step_text(event, self.total, self.planned_bytes))
+            step = event["event"] == "step"
+            self._say(step_text(event, self.total, self.planned_bytes) if step else evaluating_text(event))
         else:
             self._say(event_text(event))
 
@@ -110,8 +111,7 @@ class LiveDisplay:
                 description=step_text(event, self.total, self.planned_bytes),
             )
         elif event.get("event") == "eval_progress":
-            description = f"evaluating, {event.get('done', '?')} of {event.get('total', '?')} batches"
-            self.progress.update(self.task, description=description)
+            self.progress.update(self.task, description=evaluating_text(event))
         elif text := event_text(event):
             if event.get("event") == "phase":
                 self.progress.update(self.task, description=text)
@@ -130,6 +130,10 @@ def step_text(event: Event, total: int | None, planned_bytes: int) -> str:
     if (left := _float(event.get("eta_s"))) is not None:
         parts.append(f"{clock(left)} left")
     return "  ".join(parts)
+
+
+def evaluating_text(event: Event) -> str:
+    return f"eval: {_int(event.get('done')) or 0} of {_int(event.get('total')) or '?'} batches"
 
 
 def event_text(event: Event) -> str | None:
