@@ -196,7 +196,7 @@ class DataSpec(Value):
 class Schedule(Value):
     """How long and how fast to train, when to evaluate, save and report.
 
-    Names, and defaults where it has them, as in `transformers.TrainingArguments`; each is a flag of `vramplan train`.
+    Names as in `transformers.TrainingArguments`; each is a flag of `vramplan train`.
     """
 
     max_steps: int | None = None  # optimizer steps; None: num_train_epochs decides
