@@ -335,7 +335,17 @@ RUNS = st.builds(
     padding=st.booleans(),
     trust_remote_code=st.booleans(),
     data=st.builds(DataSpec, path=st.just("org/data set"), split=st.sampled_from(["train", "train_sft"])),
-    schedule=st.builds(Schedule, max_steps=st.sampled_from([None, 10]), learning_rate=st.sampled_from([2e-4, 1e-5])),
+    schedule=st.builds(
+        Schedule,
+        max_steps=st.sampled_from([None, 10]),
+        learning_rate=st.sampled_from([2e-4, 1e-5]),
+        lr_scheduler_kwargs=st.sampled_from([None, '{"num_cycles": 2}']),
+        warmup_steps=st.sampled_from([None, 0.0, 12.0]),
+        full_determinism=st.booleans(),
+        report_to=st.sampled_from([(), ("all",), ("wandb", "trackio")]),
+        run_name=st.sampled_from([None, "my run"]),
+        load_best_model_at_end=st.booleans(),
+    ),
 )
 
 

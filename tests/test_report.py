@@ -297,7 +297,10 @@ def test_a_wrong_parameter_count_is_said() -> None:
 
 def test_summary() -> None:
     text = summary(make_measurement(eval_loss_before=2.5, eval_loss_after=1.5))
-    assert text == "Done: 60 steps, 3,202 tokens/s, loss 2.310 -> 1.120, held out 2.500 -> 1.500."
+    assert (
+        text
+        == "Done: 60 steps, 3,202 tokens/s, loss 2.310 -> 1.120, held out 2.500 -> 1.500 (perplexity 12.18 -> 4.482)."
+    )
 
 
 STEP = {"event": "step", "t": 100.0, "step": 3, "loss": 2.5, "tokens_per_s": 1234.0, "peak_bytes": GIB, "eta_s": 61.0}

@@ -20,6 +20,7 @@ COMMANDS = {
     "check": "Ask whether a run fits what is free on this machine's card now.",
     "fit": "Choose levers and micro-batch for one card and one effective batch.",
     "train": "Run QLoRA fine-tuning and print what it used beside the prediction.",
+    "merge": "Merge an adapter into its base model, without a GPU.",
     "measure": "Measure a few steps on this machine's card, beside the prediction.",
     "diagnose": "Say why a run went out of memory, and which change fixes it.",
     "gpus": "List the stored cards and this machine's.",

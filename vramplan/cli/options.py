@@ -116,7 +116,16 @@ class Targets(ParamType):
         return names
 
 
-SECTIONS = ("Data", "Run", "Schedule", "LoRA", "Levers, each overriding the recipe", "Card", "Output")
+SECTIONS = (
+    "Data",
+    "Run",
+    "Schedule",
+    "Evaluation, checkpoints and reports",
+    "LoRA",
+    "Levers, each overriding the recipe",
+    "Card",
+    "Output",
+)
 
 
 class SectionOption(click.Option):
@@ -128,7 +137,22 @@ class SectionOption(click.Option):
 
 
 class SectionCommand(click.Command):
-    """A command whose --help groups the options by section."""
+    """A command that takes Hugging Face's spellings, and whose --help groups the options by section."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        from vramplan.cli.spelling import Translation, suggestion
+
+        translated = Translation(self).read(args)
+        for note in translated.notes:
+            click.echo(f"note: {note}", err=True)
+        if translated.model is not None:
+            ctx.default_map = {**(ctx.default_map or {}), "model": translated.model}
+        try:
+            return super().parse_args(ctx, translated.words)
+        except click.NoSuchOption as error:
+            known = {name for param in self.params for name in param.opts if name.startswith("--")}
+            name = error.option_name
+            raise InputError(f"{self.name} has no flag {name}", suggestion(name, known)) from None
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in SECTIONS}
@@ -153,15 +177,15 @@ def use(*sections: Section) -> Callable[[F], F]:
     return decorate
 
 
-def _in(section: str) -> Callable[..., Callable[[Any], Any]]:
+def in_section(section: str) -> Callable[..., Callable[[Any], Any]]:
     def option(*names: str, **settings: Any) -> Callable[[Any], Any]:
         return click.option(*names, cls=SectionOption, section=section, **settings)
 
     return option
 
 
-_run, _lora, _lever = _in("Run"), _in("LoRA"), _in("Levers, each overriding the recipe")
-_card, _data, _sched, _out = _in("Card"), _in("Data"), _in("Schedule"), _in("Output")
+_run, _lora, _lever = in_section("Run"), in_section("LoRA"), in_section("Levers, each overriding the recipe")
+_card, _data, _out = in_section("Card"), in_section("Data"), in_section("Output")
 
 OPTIMIZER_ALIASES = {
     "adamw_bnb_8bit": "adamw_8bit",
@@ -170,6 +194,8 @@ OPTIMIZER_ALIASES = {
 }
 
 RUN: Section = (
+    _run("--config", metavar="FILE.toml", expose_value=False,
+         help="Run file: flags as TOML keys. What is on the command line too counts there."),
     _run("--seq-len", type=Whole(), help="Tokens per sequence.  [default: 2048, or the model's limit]"),
     _run("--recipe", type=click.Choice(("lean", "peft")), default="lean", show_default=True,
          help="lean: ours. peft: the tutorials' stock run."),
@@ -228,21 +254,6 @@ DATA: Section = (
           help="Share of rows held out to measure the loss."),
     _data("--on-bad-row", type=click.Choice(("fail", "skip")), default="fail", show_default=True,
           help="What a row that cannot be used does."),
-)  # fmt: skip
-
-SCHEDULE: Section = (
-    _sched("--max-steps", type=Whole(1, 10**9), help="Optimizer steps; overrides epochs."),
-    _sched("--num-train-epochs", type=Number(0, 10**6, low_open=True), default=1.0, show_default=True, help="Epochs."),
-    _sched("--learning-rate", type=Number(0, 100, low_open=True), default=2e-4, show_default=True, help="Peak rate."),
-    _sched("--lr-scheduler-type", default="cosine", show_default=True, metavar="NAME",
-           type=OneOf(("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt",
-                       "cosine_with_restarts"), "schedule"), help="As in transformers."),
-    _sched("--warmup-ratio", type=Number(0, 1), default=0.03, show_default=True, help="Share of steps."),
-    _sched("--weight-decay", type=Number(0, 100), default=0.0, show_default=True, help="Of the optimizer."),
-    _sched("--max-grad-norm", type=Number(0, 10**6), default=1.0, show_default=True, help="Clip gradients; 0: do not."),
-    _sched("--logging-steps", type=Whole(), default=1, show_default=True, help="Steps between reports."),
-    _sched("--save-steps", type=Whole(1, 10**9), default=200, show_default=True, help="Steps between checkpoints."),
-    _sched("--seed", type=Whole(0, 2**32 - 1), default=42, show_default=True, help="Of data order and adapter."),
 )  # fmt: skip
 
 OUTPUT: Section = (

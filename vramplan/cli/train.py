@@ -10,6 +10,7 @@ import click
 
 from vramplan.cli import build, options, runner
 from vramplan.cli.options import flag_of
+from vramplan.cli.schedule_options import SCHEDULE
 from vramplan.core.types import Ledger, ModelSpec, Plan, RunSpec, Schedule
 from vramplan.errors import DoesNotFit, InputError, VramplanError
 
@@ -35,7 +36,7 @@ EXAMPLE = "Example: vramplan train plan.json --data conversations.jsonl -o runs/
 
 @click.command("train", cls=options.SectionCommand, epilog=EXAMPLE)
 @click.argument("model", required=False, metavar="MODEL|plan.json")
-@options.use(options.DATA, options.TRAIN, options.SCHEDULE, options.BATCH, options.RUN, options.LORA, options.LEVERS,
+@options.use(options.DATA, options.TRAIN, SCHEDULE, options.BATCH, options.RUN, options.LORA, options.LEVERS,
              options.OUTPUT)  # fmt: skip
 @click.pass_context
 def command(ctx: click.Context, /, **params: Any) -> int:
@@ -43,7 +44,7 @@ def command(ctx: click.Context, /, **params: Any) -> int:
     runner.require_extra("vramplan train")
     run_dir, run, plan = _what(ctx, params)
     ledger = _price(run, plan, force=params["force"])
-    build.warn(*ledger.warnings)
+    build.warn(*ledger.warnings, *_evaluation_warnings(run))
     return runner.run_training(
         run_dir, run, plan, ledger, resume=params["resume"], as_json=params["as_json"], width=params["width"]
     )
@@ -86,6 +87,16 @@ def _with_schedule(ctx: click.Context, run: RunSpec, params: build.Params) -> Ru
     """A resumed run may go on for longer or slower: the schedule flags that were given replace the stored ones."""
     names = build.given(ctx, tuple(Schedule.__dataclass_fields__))
     return replace(run, schedule=replace(run.schedule, **{name: params[name] for name in names}))
+
+
+def _evaluation_warnings(run: RunSpec) -> list[str]:
+    rows = run.schedule.per_device_eval_batch_size
+    if rows is None or rows <= run.micro_batch_size:
+        return []
+    return [
+        f"--per-device-eval-batch-size {rows} is over the micro-batch of {run.micro_batch_size}: the prediction is of "
+        "training alone, and an evaluation may need more"
+    ]
 
 
 def is_plan(path: str) -> bool:

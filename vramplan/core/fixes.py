@@ -231,9 +231,13 @@ def _lever_flags(levers: Levers, recipe: Levers) -> list[str]:
 def _differing(value: Any, flags: dict[str, str]) -> list[str]:
     """Flags of the fields that do not have their default."""
     fields = value.__dataclass_fields__
-    return [
-        word
-        for name, flag in flags.items()
-        if getattr(value, name) != fields[name].default
-        for word in (flag, str(getattr(value, name)))
-    ]
+    given = (
+        (flag, getattr(value, name)) for name, flag in flags.items() if getattr(value, name) != fields[name].default
+    )
+    return [word for flag, setting in given for word in _flag(flag, setting)]
+
+
+def _flag(flag: str, setting: Any) -> list[str]:
+    if setting is True:
+        return [flag]
+    return [flag, ",".join(setting) if isinstance(setting, tuple) else str(setting)]

@@ -29,6 +29,25 @@ OPTIMIZERS = (
     "adafactor",
     "sgd",
 )
+LR_SCHEDULERS = (  # transformers.SchedulerType
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "reduce_lr_on_plateau",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+    "greedy",
+)
+INTERVALS = ("no", "steps", "epoch")  # when to evaluate
+SAVE_STRATEGIES = (*INTERVALS, "best")
+REPORTERS = ("tensorboard", "wandb", "trackio")
+MERGE_DTYPES = ("bfloat16", "float16", "float32")
+MERGE_BASES = ("original", "nf4")  # the base's own weights, or as NF4 rounded them
 VERDICTS = ("fits", "tight", "does_not_fit")
 BASES = ("exact", "modelled", "measured")
 
@@ -177,18 +196,40 @@ class DataSpec(Value):
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Schedule(Value):
-    """How long and how fast to train; names and defaults as in `transformers.TrainingArguments` where it has them."""
+    """How long and how fast to train, when to evaluate, save and report.
+
+    Names as in `transformers.TrainingArguments`; each is a flag of `vramplan train`.
+    """
 
     max_steps: int | None = None  # optimizer steps; None: num_train_epochs decides
     num_train_epochs: float = 1.0
     learning_rate: float = 2e-4
     lr_scheduler_type: str = "cosine"
+    lr_scheduler_kwargs: str | None = None  # a JSON object
+    warmup_steps: float | None = None  # below 1 a share of all steps; None: warmup_ratio decides
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    logging_steps: int = 1
-    save_steps: int = 200
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    optim_args: str | None = None  # "key=value,key=value"
     seed: int = 42
+    data_seed: int | None = None  # None: seed
+    full_determinism: bool = False
+
+    logging_steps: int = 1
+    save_strategy: str = "steps"
+    save_steps: int = 200
+    save_total_limit: int = 2  # 0: all are kept
+    eval_strategy: str = "no"
+    eval_steps: int | None = None  # None: save_steps
+    per_device_eval_batch_size: int | None = None  # None: the micro-batch
+    load_best_model_at_end: bool = False
+    early_stopping_patience: int | None = None  # evaluations without a better loss
+    early_stopping_threshold: float = 0.0
+    report_to: tuple[str, ...] = ()  # of REPORTERS, or "all" alone
+    run_name: str | None = None
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
@@ -214,6 +255,20 @@ class RunSpec(Value):
     random_weights: bool = False  # build the model from its config alone: memory and speed, no language
     data: DataSpec | None = None
     schedule: Schedule = field(default_factory=Schedule)
+
+
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
+class MergeSpec(Value):
+    """What `vramplan merge` is asked for. `base` is a folder or a Hub id, `base_name` what the card calls it."""
+
+    adapter: str  # its folder
+    base: str
+    base_name: str
+    output: str
+    dtype: str = "bfloat16"
+    max_shard_bytes: int = 5 * 10**9
+    onto: str = "original"
+    double_quant: bool = True  # how the base was quantised, for onto="nf4"
 
 
 # ----------------------------------------------------------------------------------------------------- the card

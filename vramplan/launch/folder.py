@@ -8,12 +8,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from vramplan.core.types import Plan, RunSpec
+from vramplan.core.types import Ledger, Plan, RunSpec
 from vramplan.errors import InputError
 from vramplan.sources import records
 
 
-def prepare_run_dir(run_dir: Path, run: RunSpec, plan: Plan | None, *, resume: bool) -> None:
+def prepare_run_dir(
+    run_dir: Path, run: RunSpec, plan: Plan | None, *, resume: bool, prediction: Ledger | None = None
+) -> None:
     """Make the folder and write what the child reads. Nothing is written unless everything is in order.
 
     InputError for a folder in use, one that holds something else or a run with results (without `resume`), and, with
@@ -29,7 +31,7 @@ def prepare_run_dir(run_dir: Path, run: RunSpec, plan: Plan | None, *, resume: b
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if not resume:
-            for name in ("progress.jsonl", "measurement.jsonl", "log.txt", "plan.json"):
+            for name in ("progress.jsonl", "measurement.jsonl", "log.txt", "plan.json", "prediction.json"):
                 (run_dir / name).unlink(missing_ok=True)
         if config is not None:
             (run_dir / "model").mkdir(exist_ok=True)
@@ -38,6 +40,8 @@ def prepare_run_dir(run_dir: Path, run: RunSpec, plan: Plan | None, *, resume: b
         raise InputError(f"the run folder {run_dir} cannot be written: {error.strerror or error}") from error
     if plan is not None:
         records.write_json(run_dir / "plan.json", plan)
+    if prediction is not None:
+        records.write_json(run_dir / "prediction.json", prediction)
     records.write_json(run_dir / "run.json", run)
 
 

@@ -51,13 +51,14 @@ class PlainDisplay:
     def on_event(self, event: Event) -> None:
         if event.get("event") == "start":
             self.total = _int(event.get("total_steps"))
-        if event.get("event") == "step":
+        if event.get("event") in ("step", "eval_progress"):
             t = _float(event.get("t")) or 0.0
             last = self.total is not None and event.get("step") == self.total
             if t - self.last_t < EVERY_S and not last:
                 return
             self.last_t = t
-            self._say(step_text(event, self.total, self.planned_bytes))
+            step = event["event"] == "step"
+            self._say(step_text(event, self.total, self.planned_bytes) if step else evaluating_text(event))
         else:
             self._say(event_text(event))
 
@@ -109,6 +110,8 @@ class LiveDisplay:
                 completed=_int(event.get("step")) or 0,
                 description=step_text(event, self.total, self.planned_bytes),
             )
+        elif event.get("event") == "eval_progress":
+            self.progress.update(self.task, description=evaluating_text(event))
         elif text := event_text(event):
             if event.get("event") == "phase":
                 self.progress.update(self.task, description=text)
@@ -129,6 +132,10 @@ def step_text(event: Event, total: int | None, planned_bytes: int) -> str:
     return "  ".join(parts)
 
 
+def evaluating_text(event: Event) -> str:
+    return f"eval: {_int(event.get('done')) or 0} of {_int(event.get('total')) or '?'} batches"
+
+
 def event_text(event: Event) -> str | None:
     """Any other event as a line; None for those that need none (the end is told by the caller)."""
     kind = event.get("event")
@@ -142,7 +149,9 @@ def event_text(event: Event) -> str | None:
             f"{event.get('examples', '?')} examples{since}"
         )
     if kind == "eval" and (loss := _float(event.get("loss"))) is not None:
-        return f"eval: held-out loss {loss:.3f} at step {event.get('step', '?')}"
+        perplexity = _float(event.get("perplexity"))
+        beside = f" (perplexity {perplexity:.4g})" if perplexity is not None else ""
+        return f"eval: held-out loss {loss:.3f}{beside} at step {event.get('step', '?')}"
     if kind == "warning":
         return one_line(f"warning: {event.get('message', '')}")
     if kind == "sample":

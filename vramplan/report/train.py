@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import exp
 from typing import TextIO
 
 from rich.console import Console
@@ -53,7 +54,13 @@ def summary(measurement: Measurement) -> str:
         text += f", loss {measurement.first_loss:.3f} -> {measurement.last_loss:.3f}"
     if measurement.eval_loss_before is not None and measurement.eval_loss_after is not None:
         text += f", held out {measurement.eval_loss_before:.3f} -> {measurement.eval_loss_after:.3f}"
+        before, after = (_perplexity(x) for x in (measurement.eval_loss_before, measurement.eval_loss_after))
+        text += f" (perplexity {before} -> {after})"
     return text + "."
+
+
+def _perplexity(loss: float) -> str:
+    return f"{exp(loss):.4g}" if loss < 700 else "beyond all numbers"
 
 
 def comparison_table(screen: Console, moments: Sequence[Pair], lines: Sequence[Pair]) -> Table:

@@ -135,11 +135,12 @@ def _no_such_gpu(name: str, matches: list[str]) -> InputError:
 
 
 def _nvml_names(stem: str) -> tuple[str, ...]:
-    names = _parse_toml(_gpu_path(stem)).get("nvml_names", ())
+    names = parse_toml(_gpu_path(stem)).get("nvml_names", ())
     return tuple(name for name in names if isinstance(name, str)) if isinstance(names, list) else ()
 
 
-def _parse_toml(path: Path) -> dict[str, Any]:
+def parse_toml(path: Path | str) -> dict[str, Any]:
+    """The tables of a TOML file of at most `MAX_PROFILE_BYTES`. InputError if it is none."""
     from importlib import import_module  # tomllib, or tomli under Python 3.10: mypy knows only one of them
 
     toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
@@ -154,7 +155,7 @@ def _parse_toml(path: Path) -> dict[str, Any]:
 
 
 def _read_gpu(path: Path) -> GpuProfile:
-    data = _parse_toml(path)
+    data = parse_toml(path)
     unknown = sorted(data.keys() - _LIMITS.keys() - _PLAIN - {"compute_capability"})
     if unknown:
         raise InputError(f"{path}: unknown field {unknown[0]!r}", suggest(unknown[0], [*_LIMITS, *_PLAIN]))

@@ -73,6 +73,8 @@ def set_environment(run: RunSpec) -> None:
     if run.levers.allocator == "expandable":
         # The older name is the one that every version of torch obeys.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if run.schedule.full_determinism:  # cuBLAS reads it as it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     # One card: transformers' Trainer would otherwise multiply the batch by the number of visible ones.
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     # Threads that spin while they wait make a step on a CPU ten times slower as soon as anything else wants a core.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ import transformers
 
 from vramplan.core.types import RunSpec
 from vramplan.errors import InputError
+from vramplan.sources import records
 from vramplan.train import data
+from vramplan.train.card import Card
+from vramplan.train.evaluation import AlreadyDone, EarlyStopping
 from vramplan.train.fast.install import Fused
 from vramplan.train.fused_loss import Head, head_of
 from vramplan.train.load import load_model, load_tokenizer, resolve
@@ -20,8 +24,10 @@ from vramplan.train.lora import add_lora, fuse, prepare
 from vramplan.train.meter import Meter, recorded
 from vramplan.train.outcome import Interrupted, StopSignal
 from vramplan.train.progress import Progress
+from vramplan.train.reporting import usable_reporters
 from vramplan.train.saving import clean, newest_checkpoint, save_adapter
-from vramplan.train.trainer import AlreadyDone, QloraTrainer, Reporter, training_arguments, usable_optimizer
+from vramplan.train.schedule import check_held_out, check_schedule, seed_everything
+from vramplan.train.trainer import QloraTrainer, Reporter, training_arguments, usable_optimizer
 
 SAMPLE_TOKENS = 40
 CHECK_TOKENS = 16  # length of the batch on which the fused loss is compared with the model's own
@@ -40,8 +46,10 @@ def finetune(run: RunSpec, run_dir: Path, *, resume: bool, progress: Progress, s
 
 def _finetune(run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progress: Progress, stop: StopSignal) -> str:
     refuse_what_is_not_built(run)
+    check_schedule(run)
+    run = _with_reports(run, run_dir)
     transformers.utils.logging.disable_progress_bar()
-    transformers.set_seed(run.schedule.seed)
+    seed_everything(run.schedule)
     checkpoints = run_dir / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
     for folder in (run_dir, checkpoints):
@@ -57,6 +65,7 @@ def _finetune(run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progre
     source = resolve(run, run_dir)
     tokenizer = load_tokenizer(run, source)
     splits = data.build(run, tokenizer, report=progress.report)
+    check_held_out(run.schedule, splits.eval)
 
     model, fused = build_model(run, source, meter, progress)
     _check_vocabulary(model, tokenizer, splits)
@@ -69,33 +78,51 @@ def _finetune(run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progre
         model=model,
         args=training_arguments(run, run_dir, meter.device, optimizer),
         train_dataset=splits.train,
+        eval_dataset=splits.eval,
         data_collator=data.Collator(tokenizer.pad_token_id, run.seq_len),
     )
-    trainer.add_callback(Reporter(trainer, progress, stop, splits.examples))
+    trainer.load_best = run.schedule.load_best_model_at_end
+    reporter = Reporter(trainer, progress, stop, splits.examples)
+    trainer.add_callback(reporter)
+    patience = EarlyStopping(run.schedule) if run.schedule.early_stopping_patience is not None else None
+    if patience is not None:
+        trainer.add_callback(patience)
     if head is not None:
         check_fused_loss(trainer, head, splits.train[0]["input_ids"])
 
     if splits.eval is not None and checkpoint is None:
         progress.phase("eval", "held-out loss before training")
-        meter.eval_loss_before = _evaluate(trainer, splits.eval, progress)
+        meter.eval_loss_before = _finite(trainer.evaluate()["eval_loss"])
 
     progress.phase("train", f"optimizer {optimizer}")
     _train(trainer, checkpoint, stop)
 
     if stop.asked and trainer.state.global_step == 0:
         raise Interrupted("stopped before the first step; nothing to save")
-    progress.phase("save", f"writing {run_dir / 'adapter'}")
-    save_adapter(model, tokenizer, source, run_dir / "adapter")
+    if patience is not None and patience.is_over():
+        progress.phase("train", f"stopped early at step {trainer.state.global_step}: the held-out loss does not fall")
+    best_step = None if stop.asked else _back_to_the_best(trainer, progress)
+    adapter, card = run_dir / "adapter", Card(run, splits, run_dir, best_step)
+    progress.phase("save", f"writing {adapter}")
+    so_far = meter.measurement("interrupted" if stop.asked else "finished")
+    save_adapter(model, tokenizer, source, card.text(so_far), adapter)
     if stop.asked:
         raise Interrupted(f"stopped after step {trainer.state.global_step}; checkpoint and adapter are saved")
 
     if splits.eval is not None:
-        progress.phase("eval", "held-out loss after training")
-        meter.eval_loss_after = _evaluate(trainer, splits.eval, progress)
+        meter.eval_loss_after = _loss_after(trainer, reporter, best_step, progress)
+        records.write_text(adapter / "README.md", card.text(meter.measurement("finished")))
     prompt = os.environ.get("VRAMPLAN_SAMPLE_PROMPT")
     if prompt:
         progress("sample", text=sample(model, tokenizer, prompt, SAMPLE_TOKENS, chat=splits.kind == "messages"))
     return f"{trainer.state.global_step} steps, adapter in {run_dir / 'adapter'}"
+
+
+def _with_reports(run: RunSpec, run_dir: Path) -> RunSpec:
+    """Who is reported to, told apart from "all", under the run folder's name if the run has none."""
+    s = run.schedule
+    reporters = usable_reporters(s, run_dir)
+    return replace(run, schedule=replace(s, report_to=reporters, run_name=s.run_name or run_dir.name))
 
 
 def build_model(run: RunSpec, source: str, meter: Meter, progress: Progress) -> tuple[Any, Fused | None]:
@@ -109,6 +136,7 @@ def build_model(run: RunSpec, source: str, meter: Meter, progress: Progress) -> 
     meter.phase("prepared")
 
     progress.phase("lora", f"r={run.lora.r} on {', '.join(run.lora.targets)}")
+    transformers.set_seed(run.schedule.seed)  # the adapter's start depends on nothing that was drawn before
     model = add_lora(model, run.lora)
     meter.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     fused = fuse(model, run.levers, meter.device, progress.warning)
@@ -151,13 +179,28 @@ def check_fused_loss(trainer: QloraTrainer, head: Head, tokens: list[int]) -> No
         )
 
 
-def _evaluate(trainer: QloraTrainer, dataset: Any, progress: Progress) -> float | None:
-    loss = trainer.evaluation_loss(dataset)
-    progress("eval", step=trainer.state.global_step, loss=loss)
-    if isfinite(loss):
-        return loss
-    progress.warning(f"the held-out loss is {loss}")
-    return None
+def _back_to_the_best(trainer: QloraTrainer, progress: Progress) -> int | None:
+    """Load the adapter with the lowest held-out loss, if that is asked for; its step, or None if it is the last."""
+    step = trainer.load_best_adapter() if trainer.load_best else None
+    if step is not None:
+        loss = trainer.state.best_metric
+        progress.phase("train", f"back to the adapter of step {step}, whose held-out loss was {loss:.4f}")
+    return step
+
+
+def _loss_after(trainer: QloraTrainer, reporter: Reporter, best_step: int | None, progress: Progress) -> float | None:
+    """The held-out loss of the adapter that was saved; not measured twice where the last step was evaluated."""
+    step = trainer.state.global_step
+    if best_step is None and trainer.evaluated is not None and trainer.evaluated[0] == step:
+        return _finite(trainer.evaluated[1])
+    progress.phase("eval", "held-out loss after training")
+    loss = trainer.evaluation_loss(trainer.eval_dataset)  # not `evaluate`: who is reported to has been told the end
+    reporter.evaluated(step if best_step is None else best_step, loss)
+    return _finite(loss)
+
+
+def _finite(loss: float) -> float | None:
+    return loss if isfinite(loss) else None
 
 
 def _train(trainer: QloraTrainer, checkpoint: Path | None, stop: StopSignal) -> None:

@@ -48,7 +48,7 @@ def _unpack_gguf(path: Path, folder: Path) -> Path:
         import gguf  # noqa: F401  transformers reads GGUF through it
     except ModuleNotFoundError:
         raise MissingExtra("reading a GGUF file (pip install gguf)") from None
-    with _clear_errors(str(path)), whole_folder(folder) as temporary:
+    with clear_errors(str(path)), whole_folder(folder) as temporary:
         place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         tokenizer = AutoTokenizer.from_pretrained(**place)
         model = AutoModelForCausalLM.from_pretrained(
@@ -67,7 +67,7 @@ def load_tokenizer(run: RunSpec, source: str) -> Any:
     """The model's tokenizer, with a padding token. A random model without one gets bytes as tokens."""
     if run.random_weights and not any((Path(source) / n).exists() for n in ("tokenizer.json", "tokenizer_config.json")):
         return byte_tokenizer(Path(source))
-    with _clear_errors(source):
+    with clear_errors(source):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=run.trust_remote_code)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
@@ -97,7 +97,7 @@ def load_model(run: RunSpec, source: str, device: torch.device, warn: Warn) -> A
 
 
 def _pretrained(run: RunSpec, source: str, quantization: BitsAndBytesConfig, device: torch.device) -> Any:
-    with _clear_errors(source):
+    with clear_errors(source):
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
             quantization_config=quantization,
@@ -143,7 +143,7 @@ def audit(model: Any, warn: Warn) -> None:
 
 # -------------------------------------------------------------------------------------------------------- errors
 @contextmanager
-def _clear_errors(source: str) -> Iterator[None]:
+def clear_errors(source: str) -> Iterator[None]:
     """What the Hub, transformers and safetensors raise, as one sentence."""
     try:
         yield

@@ -49,6 +49,7 @@ class Meter:
         self.lines: tuple[Line, ...] = ()
         self.trainable_parameters = 0
         self.steps = self.tokens = 0
+        self.oom_events = 0
         self.busy_s, self.busy_tokens = 0.0, 0  # of the steps after the first, which warms up
         self.first_loss: float | None = None
         self.last_loss: float | None = None

@@ -18,10 +18,11 @@ PARTS = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "sc
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def whole_folder(target: Path, hint: str = "free some space, then train again with --resume") -> Iterator[Path]:
     """Yields an empty folder beside `target` to write into, and renames it to `target` at the end.
 
-    On any error nothing is left behind and `target` is as before. A full disk is a VramplanError that says so.
+    On any error nothing is left behind and `target` is as before. A full disk is a VramplanError that says so, with
+    `hint`.
     """
     temporary = target.with_name(TEMPORARY + target.name)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -32,9 +33,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if is_disk_full(error) or (isinstance(error, Exception) and _no_space(target.parent)):
-            raise VramplanError(
-                f"the disk is full: {target} could not be saved", "free some space, then train again with --resume"
-            ) from error
+            raise VramplanError(f"the disk is full: {target} could not be saved", hint) from error
         raise
 
 
@@ -66,14 +65,18 @@ def clean(folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_adapter(model: Any, tokenizer: Any, base: str, target: Path) -> None:
-    """The adapter as plain PEFT writes it, with the tokenizer. `base` is what PEFT will load the base model from."""
+def save_adapter(model: Any, tokenizer: Any, base: str, card: str, target: Path) -> None:
+    """The adapter as plain PEFT writes it, with the tokenizer and our card in place of PEFT's.
+
+    `base` is what PEFT will load the base model from.
+    """
     for config in model.peft_config.values():
         config.base_model_name_or_path = base
     with whole_folder(target) as temporary:
         # "auto" would ask the Hub whether the vocabulary has changed; embeddings are never trained here.
         model.save_pretrained(str(temporary), save_embedding_layers=False)
         tokenizer.save_pretrained(str(temporary))
+        (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
 def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,48 +16,32 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from vramplan.core.types import RunSpec
 from vramplan.errors import InputError
+from vramplan.train.evaluation import AlreadyDone, Evaluating, EvaluationStopped, perplexity
 from vramplan.train.fast.install import Fused
 from vramplan.train.fused_loss import Head, decoder_of, fused_cross_entropy, labelled_rows
 from vramplan.train.meter import Meter, count_lines
 from vramplan.train.outcome import StopSignal, first_line
 from vramplan.train.progress import Progress
+from vramplan.train.reporting import Window
 from vramplan.train.saving import whole_folder
+from vramplan.train.schedule import schedule_arguments
 
-KEPT_CHECKPOINTS = 2
-
-
-class AlreadyDone(Exception):
-    """The checkpoint to resume from has all the steps."""
+EVALUATION_NEWS_S = 1.0  # between two events of an evaluation's progress
 
 
 def training_arguments(run: RunSpec, run_dir: Path, device: torch.device, optimizer: str) -> TrainingArguments:
     """What the run says, in the words of transformers. bf16 autocast on both devices, so that both compute the same."""
-    s = run.schedule
     try:
         return TrainingArguments(
             output_dir=str(run_dir / "checkpoints"),
             per_device_train_batch_size=run.micro_batch_size,
-            per_device_eval_batch_size=run.micro_batch_size,
             gradient_accumulation_steps=run.accumulation,
-            max_steps=-1 if s.max_steps is None else s.max_steps,
-            num_train_epochs=s.num_train_epochs,
             optim=optimizer,
-            learning_rate=s.learning_rate,
-            lr_scheduler_type=s.lr_scheduler_type,
-            warmup_steps=s.warmup_ratio,  # below 1 it is a ratio
-            weight_decay=s.weight_decay,
-            max_grad_norm=s.max_grad_norm,
-            seed=s.seed,
+            **schedule_arguments(run),
             bf16=True,
             use_cpu=device.type == "cpu",
             gradient_checkpointing=False,  # `lora.prepare` has switched it on, with what it can pass on
-            save_strategy="steps" if s.save_steps > 0 else "no",
-            save_steps=max(s.save_steps, 1),
-            save_total_limit=KEPT_CHECKPOINTS,
-            eval_strategy="no",
-            logging_strategy="no",  # `Reporter` writes the events
             logging_nan_inf_filter=False,  # it hides NaN, and waits for the GPU at every micro-step
-            report_to="none",
             disable_tqdm=True,
             remove_unused_columns=False,
             label_names=["labels"],
@@ -85,7 +70,7 @@ def usable_optimizer(name: str, device: torch.device, progress: Progress) -> str
     return name
 
 
-class QloraTrainer(Trainer):  # type: ignore[misc]
+class QloraTrainer(Evaluating):
     """`head` None: the stock loss with full logits. Else the decoder runs alone and the fused loss takes over."""
 
     def __init__(self, *, head: Head | None, meter: Meter, fused: Fused | None = None, **keywords: Any) -> None:
@@ -93,8 +78,8 @@ class QloraTrainer(Trainer):  # type: ignore[misc]
         self.head = head
         self.trained = trained_parameters(self.model, fused)
         self.meter = meter
-        self.step_loss: Tensor | float = 0.0
-        self.step_tokens: Tensor | int = 0
+        self.window = Window(meter)
+        self.watch_evaluation: Callable[[int, int], None] = lambda done, total: None
         if head is not None:
             self.model_accepts_loss_kwargs = True  # ours divides by num_items_in_batch whatever the model does
             self._loss_shifts_labels = True
@@ -127,16 +112,18 @@ class QloraTrainer(Trainer):  # type: ignore[misc]
         self.meter.open()
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.meter.close("backward")
-        self.step_loss = self.step_loss + loss
         return loss
 
     def evaluation_loss(self, dataset: Any) -> float:
         """Mean loss over all labelled tokens of a data set, each token counting the same."""
         total, count = 0.0, 0
         self.model.eval()
-        loader = DataLoader(dataset, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
+        own = torch.Generator()  # a loader draws a number as it starts: not from the one that training draws from
+        size = self.args.eval_batch_size
+        loader = DataLoader(dataset, batch_size=size, collate_fn=self.data_collator, generator=own)
         with torch.no_grad(), self.accelerator.autocast():
-            for batch in loader:
+            for done, batch in enumerate(loader):
+                self.watch_evaluation(done, len(loader))
                 inputs = self._prepare_inputs(batch)
                 labelled = int((inputs["labels"][:, 1:] != -100).sum())
                 loss = self.compute_loss(self.model, inputs, num_items_in_batch=torch.tensor(max(labelled, 1)))
@@ -159,29 +146,32 @@ class QloraTrainer(Trainer):  # type: ignore[misc]
 
     # ------------------------------------------------------------------------------------------------ counting
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        self.step_tokens = self.step_tokens + inputs["attention_mask"].sum()  # on the device: nothing waits here
+        self.window.add_tokens(inputs["attention_mask"].sum())
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # the stock one walks all parameters at every micro-step
 
-    def take_step(self) -> tuple[float, int]:
-        """Loss and non-padding input tokens since the last call. Waits for the device."""
-        loss, tokens = float(self.step_loss), int(self.step_tokens)
-        self.step_loss, self.step_tokens = 0.0, 0
-        return loss, tokens
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """What transformers logs, with speed and memory; its own token rate would count evaluations in."""
+        if "loss" in logs:  # the mean over the steps since the last log, for which the device was waited for
+            logs |= self.window.close()
+        super().log(logs)
 
     # -------------------------------------------------------------------------------------------------- saving
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self.args.output_dir)
+        self.state.num_input_tokens_seen = self.window.tokens_seen()
         with whole_folder(folder / f"checkpoint-{self.state.global_step}") as temporary:
             self._save(str(temporary))
             self._save_optimizer_and_scheduler(str(temporary))
             self._save_rng_state(str(temporary))
             self.state.save_to_json(str(temporary / "trainer_state.json"))
-        rotate_checkpoints(str(folder), save_total_limit=KEPT_CHECKPOINTS)
+        best = self.best_checkpoint()
+        rotate_checkpoints(str(folder), self.args.save_total_limit, None if best is None else str(best))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         self.model.save_pretrained(output_dir, save_embedding_layers=False)
+        (Path(output_dir or "") / "README.md").unlink(missing_ok=True)  # PEFT's card, with paths of this machine
 
 
 def trained_parameters(model: Any, fused: Fused | None) -> list[torch.nn.Parameter]:
@@ -205,14 +195,14 @@ def fused_loss(causal_lm: Any, head: Head, inputs: dict[str, Any], num_items: Te
 
 
 class Reporter(TrainerCallback):  # type: ignore[misc]
-    """Writes the events of a training, counts, and ends it when a signal asks for that."""
+    """Writes the events of a training, says when to log, and ends it when a signal asks for that."""
 
     def __init__(self, trainer: QloraTrainer, progress: Progress, stop: StopSignal, examples: int) -> None:
         self.trainer, self.progress, self.stop = trainer, progress, stop
         self.examples = examples
-        self.learning_rate = 0.0
-        self.begun: float | None = None
         self.done = 0  # optimizer steps of this process
+        self.told = 0.0  # when the progress of an evaluation was last told
+        trainer.watch_evaluation = self._evaluating
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -224,12 +214,10 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
             raise AlreadyDone
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.begun is None:
-            self.begun = time.perf_counter()
+        self.trainer.window.begin_step()
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.meter.close("optimizer")
-        self.learning_rate = float(optimizer.param_groups[0]["lr"])
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._stop_if_asked(state, control)
@@ -238,42 +226,70 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         meter = self.trainer.meter
         meter.end_step()
         meter.steps = state.global_step
+        self.trainer.window.end_step()
         self.done += 1
         if self.done == 1:
             meter.lines = count_lines(self.trainer.model, optimizer, meter.device)
-        self._report(state)
         self._stop_if_asked(state, control)
+        step = state.global_step
+        control.should_log = self.done == 1 or step % args.logging_steps == 0 or step >= state.max_steps
+        self._log_first(control)
 
-    def _report(self, state: Any) -> None:
-        meter = self.trainer.meter
-        loss, tokens = self.trainer.take_step()
-        seconds = time.perf_counter() - (self.begun or 0.0)
-        self.begun = None
-        meter.tokens += tokens
-        state.num_input_tokens_seen = meter.tokens  # travels in the checkpoint
-        if self.done > 1:
-            meter.busy_s += seconds
-            meter.busy_tokens += tokens
-        finite = abs(loss) < float("inf")
-        if finite:
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.stop.asked:  # what should be logged was; half a step is not
+            control.should_evaluate = control.should_log = False
+        else:
+            self._log_first(control)
+
+    def _log_first(self, control: Any) -> None:
+        """No evaluation and no save falls between the steps of a log: its rate and its tokens are of training alone."""
+        control.should_log = control.should_log or control.should_save or control.should_evaluate
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """The event of the steps since the last one; `loss` is their mean."""
+        if "loss" not in logs:
+            return
+        trainer, meter = self.trainer, self.trainer.meter
+        loss = logs["loss"]
+        if abs(loss) < float("inf"):
             meter.first_loss = loss if meter.first_loss is None else meter.first_loss
             meter.last_loss = loss
         else:
             self.progress.warning(f"the loss of step {state.global_step} is {loss}: lower the learning rate")
-        mean = meter.busy_s / (self.done - 1) if self.done > 1 else seconds
+        left = max(state.max_steps - state.global_step, 0)
         self.progress(
             "step",
             step=state.global_step,
             loss=loss,
-            learning_rate=self.learning_rate,
+            learning_rate=logs["learning_rate"],
+            grad_norm=logs.get("grad_norm"),
             tokens=meter.tokens,
-            tokens_per_s=round(tokens / seconds, 1),
-            peak_bytes=meter.peak_bytes(),
-            reserved_bytes=meter.reserved_bytes(),
-            eta_s=round(mean * max(state.max_steps - state.global_step, 0), 1),
+            tokens_per_s=logs["tokens_per_second"],
+            peak_bytes=logs.get("peak_memory_bytes"),
+            reserved_bytes=logs.get("reserved_memory_bytes"),
+            eta_s=round(trainer.window.seconds_per_step() * left, 1),
         )
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        self.evaluated(state.global_step, metrics["eval_loss"])
+
+    def evaluated(self, step: int, loss: float) -> None:
+        """The event of an evaluation of the adapter as it is after `step`."""
+        self.progress("eval", step=step, loss=loss, perplexity=perplexity(loss))
+        if not abs(loss) < float("inf"):
+            self.progress.warning(f"the held-out loss is {loss}")
+
+    def _evaluating(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.told >= EVALUATION_NEWS_S:
+            self.told = now
+            self.progress("eval_progress", done=done, total=total)
+        if self.stop.asked:
+            self._stop_if_asked(self.trainer.state, self.trainer.control)
+            raise EvaluationStopped
 
     def _stop_if_asked(self, state: Any, control: Any) -> None:
         if self.stop.asked:
             control.should_training_stop = True
             control.should_save = state.global_step > 0
+            control.should_evaluate = False
