@@ -180,6 +180,22 @@ def test_evaluation_and_generation_are_the_libraries(models: Any) -> None:
         assert torch.equal(model.generate(**prompt, **how), stock.generate(**prompt, **how))
 
 
+def test_the_libraries_own_layers_can_be_asked_meanwhile(models: Any) -> None:
+    model = wrapped(models("LlamaForCausalLM"), Lora(r=8)).eval()
+    with torch.no_grad():
+        wanted = model(batch()).logits
+    with Installed(model) as fused, torch.no_grad():
+        broken = fused.shared[0].group.bases[0]
+        broken.module, kept = fused.shared[0].group.bases[1].module, broken.module
+        with pytest.raises(RuntimeError):
+            model(batch())
+        fused.forget()
+        with fused.stock():
+            assert torch.equal(model(batch()).logits, wanted)
+        broken.module = kept
+        assert torch.allclose(model(batch()).logits, wanted, atol=1e-5)
+
+
 def test_attention_that_gives_its_linears_other_inputs(models: Any) -> None:
     """q_proj computes k and v too, in the hope that they are asked for with the same tensor."""
     model = wrapped(models("LlamaForCausalLM"), Lora(r=8))

@@ -45,11 +45,15 @@ ROOMS = {
         ours=("vramplan.core", "vramplan.errors", "vramplan.report"), third_party=frozenset({"rich"})
     ),
     "launch": Room(ours=("vramplan.core", "vramplan.sources", "vramplan.errors", "vramplan.launch")),
-    # trace plays what train does: the fused loss is the trainer's own
+    # trace plays what train does: the fused loss and the fused layers are the trainer's own
     "trace": Room(
-        ours=(*WITH_TORCH, "vramplan.trace", "vramplan.train.fused_loss"), third_party=frozenset(TORCH_STACK)
+        ours=(*WITH_TORCH, "vramplan.trace", "vramplan.train.fused_loss", "vramplan.train.fast"),
+        third_party=frozenset(TORCH_STACK),
     ),
     "train": Room(ours=(*WITH_TORCH, "vramplan.train"), third_party=frozenset(TORCH_STACK)),
+    "train/fast/triton_kernels.py": Room(
+        ours=("vramplan.core", "vramplan.train.fast"), third_party=frozenset({"torch", "triton", "bitsandbytes"})
+    ),
     "cli": Room(
         ours=("vramplan.core", "vramplan.errors", "vramplan.sources", "vramplan.report", "vramplan.launch",
               "vramplan.cli"),

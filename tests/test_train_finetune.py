@@ -357,6 +357,6 @@ def test_a_head_that_does_more_than_its_config_says_is_noticed(
     from vramplan.train import finetune as module
     from vramplan.train.fused_loss import head_of
 
-    monkeypatch.setattr(module, "head_of", lambda model: replace(head_of(model), multiplier=30.0))
+    monkeypatch.setattr(module, "head_of", lambda model, fused: replace(head_of(model, fused), multiplier=30.0))
     with pytest.raises(InputError, match="does not reproduce LlamaForCausalLM's own"):
         tune(spec(root), tmp_path)

@@ -222,7 +222,7 @@ def test_upcast(run: RunSpec, upcast: str, norm: str, embedding: str) -> None:
 )
 @pytest.mark.parametrize("upcast", ["none", "all"])
 def test_checkpointing(run: RunSpec, upcast: str, checkpointing: str, expected: list[int]) -> None:
-    levers = Levers(upcast=upcast, checkpointing=checkpointing)
+    levers = Levers(upcast=upcast, checkpointing=checkpointing, kernels="stock")
     model = add_lora(prepare(loaded(run), levers, DEVICE, print), run.lora)
     layers = model.get_base_model().model.layers
     assert [int(layer.gradient_checkpointing) for layer in layers] == expected
@@ -232,7 +232,9 @@ def test_checkpointing(run: RunSpec, upcast: str, checkpointing: str, expected: 
 
 def test_checkpoint_offload_on_a_cpu_is_a_warning(run: RunSpec) -> None:
     warnings: list[str] = []
-    prepare(loaded(run), replace(run.levers, checkpoint_offload=True), torch.device("cpu"), warnings.append)
+    prepare(
+        loaded(run), replace(run.levers, checkpoint_offload=True, kernels="stock"), torch.device("cpu"), warnings.append
+    )
     assert len(warnings) == 1
 
 

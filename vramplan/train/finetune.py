@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
@@ -161,21 +162,24 @@ def _check_vocabulary(model: Any, tokenizer: Any, splits: Any) -> None:
 
 
 def check_fused_loss(trainer: QloraTrainer, head: Head, tokens: list[int]) -> None:
-    """Compare the fused loss with the model's own on a small padded batch; InputError if they differ.
+    """Compare fused loss and layers with the model's own on a small padded batch; InputError if they differ.
 
-    The head's formula is read from the config; an architecture that does something else with its logits shows here.
+    The head's formula is read from the config, and what a layer's pieces mean was found by trying them: an architecture
+    that does something else shows here.
     """
     long, short = list(tokens)[:CHECK_TOKENS], list(tokens)[: max(CHECK_TOKENS // 2, 2)]
     rows = [{"input_ids": t, "labels": t, "attention_mask": [1] * len(t)} for t in (long, short)]
     inputs = trainer._prepare_inputs(trainer.data_collator(rows))
     trainer.model.eval()
     with torch.no_grad(), trainer.accelerator.autocast():
-        own = float(trainer.model(**inputs).loss)
+        with trainer.fused.stock() if trainer.fused is not None else nullcontext():
+            own = float(trainer.model(**inputs).loss)
         fused = float(trainer.fused_loss(inputs, None))
     if not abs(own - fused) <= 0.01 + 0.01 * abs(own):
         name = type(trainer.model.get_base_model()).__name__
         raise InputError(
-            f"the fused loss does not reproduce {name}'s own ({fused:.4f} against {own:.4f})", "train with --loss full"
+            f"the fused loss does not reproduce {name}'s own ({fused:.4f} against {own:.4f})",
+            "train with --loss full --kernels stock",
         )
 
 

@@ -76,6 +76,7 @@ class QloraTrainer(Evaluating):
     def __init__(self, *, head: Head | None, meter: Meter, fused: Fused | None = None, **keywords: Any) -> None:
         super().__init__(**keywords)
         self.head = head
+        self.fused = fused
         self.trained = trained_parameters(self.model, fused)
         self.meter = meter
         self.window = Window(meter)

@@ -7,7 +7,8 @@ ours, a Linear because it is bitsandbytes' with PEFT's plain LoRA around it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,7 @@ class Fused:
     checkpoints: Checkpoints | None = None
     shared: list[SharedInput] = field(default_factory=list)
     undo: list[tuple[Any, str, Any]] = field(default_factory=list)
+    replaced: list[nn.Module] = field(default_factory=list)  # modules whose forward is ours
     views: set[int] = field(default_factory=set)  # ids of PEFT's parameters that are views of ours
 
     def forget(self) -> None:
@@ -42,6 +44,21 @@ class Fused:
             shared.forget()
         if self.checkpoints is not None:
             self.checkpoints.forget()
+
+    @contextmanager
+    def stock(self) -> Iterator[None]:
+        """The libraries' own forward for a moment, on the same parameters."""
+        ours = [(module, module.__dict__.pop("forward")) for module in self.replaced]
+        globals_ = [(where, name, getattr(where, name)) for where, name, _ in self.undo]
+        try:
+            for where, name, what in self.undo:
+                setattr(where, name, what)
+            yield
+        finally:
+            for module, forward in ours:
+                module.forward = forward
+            for where, name, what in globals_:
+                setattr(where, name, what)
 
     def uninstall(self) -> None:
         """Give back what belongs to transformers' modules (not to this model): its rotary functions."""
@@ -116,6 +133,7 @@ def install(model: Any, levers: Levers, device: torch.device, skips_last: bool, 
     decoder = getattr(model.get_base_model(), model.get_base_model().base_model_prefix)
     for module in decoder.modules():
         _fuse_norm(module, norms)
+    fused.replaced = [module for module in decoder.modules() if "forward" in module.__dict__]
     _fuse_rotary(layers, model.get_base_model().config, fused)
     # transformers looks for packed rows in every forward, and waits for the card to learn that there are none
     fused.undo.append((masking_utils, "find_packed_sequence_indices", masking_utils.find_packed_sequence_indices))
