@@ -8,13 +8,16 @@ read off `profiles/calibration` rows of one card (docs/measurements); treat the 
 from __future__ import annotations
 
 from . import architecture as arch
+from .fused import is_fused, skips_last
 from .timeline import checkpoint_period
 from .types import GpuProfile, ModelSpec, RunSpec
 from .unroll import Unrolled
 
 MATMUL_SHARE, BANDWIDTH_SHARE = 0.75, 0.75
 TOUCHES = 3  # a tensor is written once and read twice
-LAUNCH_SECONDS = 42e-6  # per tensor born: Python, dispatch and launch on one core, PEFT's wrappers included
+# Per tensor born: Python, dispatch and launch on one core, PEFT's wrappers included; or, where a micro-step of fused
+# layers is started as one CUDA graph, what its smallest kernels take.
+LAUNCH_SECONDS, GRAPHED_SECONDS = 42e-6, 16e-6
 
 
 def step_flops(model: ModelSpec, run: RunSpec) -> int:
@@ -30,7 +33,8 @@ def step_flops(model: ModelSpec, run: RunSpec) -> int:
     if run.levers.checkpointing != "none":
         again = -(-layers // checkpoint_period(run.levers.checkpointing))
     per_layer = 2 * weights + causal
-    forward = (layers + again) * per_layer
+    left_out = 2 * model.hidden_size * model.intermediate_size if is_fused(model, run) and skips_last(model) else 0
+    forward = layers * per_layer + again * (per_layer - left_out)
     backward = layers * (2 * weights + 5 * causal // 2)
     head = 2 * 2 * model.vocab_size * model.hidden_size
     return tokens * (forward + backward + head)
@@ -50,5 +54,6 @@ def tokens_per_s(model: ModelSpec, run: RunSpec, gpu: GpuProfile, unrolled: Unro
     micro_steps = min(run.accumulation, 2)  # what was played
     compute = step_flops(model, run) / (MATMUL_SHARE * flops)
     traffic = TOUCHES * born / micro_steps / (BANDWIDTH_SHARE * gpu.bandwidth_bytes_per_s)
-    seconds = max(compute + traffic, kernels / micro_steps * LAUNCH_SECONDS)
+    each = GRAPHED_SECONDS if is_fused(model, run) else LAUNCH_SECONDS
+    seconds = max(compute + traffic, kernels / micro_steps * each)
     return round(run.micro_batch_size * run.seq_len / seconds)
