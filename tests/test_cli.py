@@ -102,7 +102,9 @@ class Rooms:
     def live_gpus(self) -> tuple[GpuProfile, ...]:
         return (self.live_gpu(0),)
 
-    def prepare_run_dir(self, run_dir: Path, run: RunSpec, plan: Plan | None, *, resume: bool) -> None:
+    def prepare_run_dir(
+        self, run_dir: Path, run: RunSpec, plan: Plan | None, *, resume: bool, ledger: Ledger | None = None
+    ) -> None:
         self.prepared = (run_dir, run, plan, resume)
 
     def launch(self, run_dir: Path, *, resume: bool = False, on_event: Callable[[dict[str, Any]], None]) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 
-from vramplan.core.types import ALLOCATORS, ATTENTIONS, LOSSES, OPTIMIZERS, UPCASTS
+from vramplan.core.types import ALLOCATORS, ATTENTIONS, LOSSES, ON_NAN, OPTIMIZERS, UPCASTS
 from vramplan.errors import InputError
 
 if TYPE_CHECKING:
@@ -241,6 +241,10 @@ SCHEDULE: Section = (
     _sched("--max-grad-norm", type=Number(0, 10**6), default=1.0, show_default=True, help="Clip gradients; 0: do not."),
     _sched("--logging-steps", type=Whole(), default=1, show_default=True, help="Steps between reports."),
     _sched("--save-steps", type=Whole(1, 10**9), default=200, show_default=True, help="Steps between checkpoints."),
+    _sched("--rehearsal/--no-rehearsal", default=True, show_default=True,
+           help="Try the largest batch, evaluation too, before the first step."),
+    _sched("--on-nan", type=click.Choice(ON_NAN), default="stop", show_default=True,
+           help="Steps without a finite gradient are left out; stop: three in a row end the run."),
     _sched("--seed", type=Whole(0, 2**32 - 1), default=42, show_default=True, help="Of data order and adapter."),
 )  # fmt: skip
 

@@ -38,7 +38,7 @@ def run_training(
     from vramplan.launch import launch, prepare_run_dir
     from vramplan.report.live import make_display
 
-    prepare_run_dir(run_dir, run, plan, resume=resume)
+    prepare_run_dir(run_dir, run, plan, resume=resume, ledger=ledger)
     if not as_json:
         from vramplan.report.train import show_start
 

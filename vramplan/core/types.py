@@ -28,6 +28,7 @@ OPTIMIZERS = (
     "adafactor",
     "sgd",
 )
+ON_NAN = ("stop", "skip")
 VERDICTS = ("fits", "tight", "does_not_fit")
 BASES = ("exact", "modelled", "measured")
 
@@ -187,6 +188,8 @@ class Schedule(Value):
     logging_steps: int = 1
     save_steps: int = 200
     seed: int = 42
+    rehearsal: bool = True  # try the largest batch before the first step
+    on_nan: str = "stop"  # stop (after some in a row) | skip: what steps without a finite gradient do
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
@@ -425,6 +428,9 @@ class Measurement(Value):
     message: str = ""
     prediction: Ledger | None = None
     gpu: GpuProfile | None = None
+    oom_events: int = 0  # survived: the micro-batch was split, or a lever turned
+    micro_batch_size: int | None = None  # rows at a time when it ended, of the longest; None: as asked
+    skipped_steps: int = 0  # optimizer steps left out because a gradient was not finite
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)

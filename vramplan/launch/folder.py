@@ -8,13 +8,17 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from vramplan.core.types import Plan, RunSpec
+from vramplan.core.types import Ledger, Plan, RunSpec
 from vramplan.errors import InputError
 from vramplan.sources import records
 
 
-def prepare_run_dir(run_dir: Path, run: RunSpec, plan: Plan | None, *, resume: bool) -> None:
+def prepare_run_dir(
+    run_dir: Path, run: RunSpec, plan: Plan | None, *, resume: bool, ledger: Ledger | None = None
+) -> None:
     """Make the folder and write what the child reads. Nothing is written unless everything is in order.
+
+    ledger: the prediction, which the child holds what it loads against.
 
     InputError for a folder in use, one that holds something else or a run with results (without `resume`), and, with
     `resume`, for one that holds no run or a different one; only the schedule may change.
@@ -29,7 +33,7 @@ def prepare_run_dir(run_dir: Path, run: RunSpec, plan: Plan | None, *, resume: b
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if not resume:
-            for name in ("progress.jsonl", "measurement.jsonl", "log.txt", "plan.json"):
+            for name in ("progress.jsonl", "measurement.jsonl", "log.txt", "plan.json", "prediction.json"):
                 (run_dir / name).unlink(missing_ok=True)
         if config is not None:
             (run_dir / "model").mkdir(exist_ok=True)
@@ -38,6 +42,8 @@ def prepare_run_dir(run_dir: Path, run: RunSpec, plan: Plan | None, *, resume: b
         raise InputError(f"the run folder {run_dir} cannot be written: {error.strerror or error}") from error
     if plan is not None:
         records.write_json(run_dir / "plan.json", plan)
+    if ledger is not None:
+        records.write_json(run_dir / "prediction.json", ledger)
     records.write_json(run_dir / "run.json", run)
 
 

@@ -10,15 +10,22 @@ from typing import Any
 import torch
 import transformers
 
-from vramplan.core.types import RunSpec
-from vramplan.errors import InputError
+from vramplan.core.types import Ledger, RunSpec
+from vramplan.errors import InputError, OutOfMemory
 from vramplan.train import data
+from vramplan.train.audit import audit, read_prediction
+from vramplan.train.audit_causes import Loaded, float32_names
 from vramplan.train.fused_loss import Head, head_of
+from vramplan.train.guard import Guard
+from vramplan.train.health import Health
 from vramplan.train.load import load_model, load_tokenizer, resolve
 from vramplan.train.lora import add_lora, prepare
 from vramplan.train.meter import Meter, recorded
 from vramplan.train.outcome import Interrupted, StopSignal
+from vramplan.train.pressure import Card
 from vramplan.train.progress import Progress
+from vramplan.train.rehearsal import Rehearsal
+from vramplan.train.relief import CheckpointRelief
 from vramplan.train.saving import clean, newest_checkpoint, save_adapter
 from vramplan.train.trainer import AlreadyDone, QloraTrainer, Reporter, training_arguments, usable_optimizer
 
@@ -57,7 +64,7 @@ def _finetune(run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progre
     tokenizer = load_tokenizer(run, source)
     splits = data.build(run, tokenizer, report=progress.report)
 
-    model = build_model(run, source, meter, progress)
+    model = build_model(run, source, meter, progress, read_prediction(run_dir))
     _check_vocabulary(model, tokenizer, splits)
     head = head_of(model.get_base_model()) if run.levers.loss == "fused" else None
     optimizer = usable_optimizer(run.levers.optimizer, meter.device, progress)
@@ -70,6 +77,9 @@ def _finetune(run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progre
         data_collator=data.Collator(tokenizer.pad_token_id, run.seq_len),
     )
     trainer.add_callback(Reporter(trainer, progress, stop, splits.examples))
+    watch_over(trainer, run, splits, progress)
+    if checkpoint is not None and trainer.guard is not None:
+        trainer.guard.load(checkpoint)
     if head is not None:
         check_fused_loss(trainer, head, splits.train[0]["input_ids"])
 
@@ -96,10 +106,11 @@ def _finetune(run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progre
     return f"{trainer.state.global_step} steps, adapter in {run_dir / 'adapter'}"
 
 
-def build_model(run: RunSpec, source: str, meter: Meter, progress: Progress) -> Any:
-    """The 4-bit model, prepared and wrapped by PEFT, measured after each of the three."""
+def build_model(run: RunSpec, source: str, meter: Meter, progress: Progress, prediction: Ledger | None = None) -> Any:
+    """The 4-bit model, prepared and wrapped by PEFT, measured after each of the three, then audited."""
     progress.phase("load", f"loading {run.model} in 4 bits on {meter.device.type}")
-    model = load_model(run, source, meter.device, progress.warning)
+    model = load_model(run, source, meter.device)
+    float32 = float32_names(model)
     meter.phase("loaded")
 
     progress.phase("prepare", f"upcast {run.levers.upcast}, checkpointing {run.levers.checkpointing}")
@@ -110,7 +121,31 @@ def build_model(run: RunSpec, source: str, meter: Meter, progress: Progress) -> 
     model = add_lora(model, run.lora)
     meter.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     meter.phase("with_lora")
+    progress.report(audit(Loaded(model, run, meter.device, prediction, float32)))
     return model
+
+
+def watch_over(trainer: QloraTrainer, run: RunSpec, splits: data.Splits, progress: Progress) -> None:
+    """Give the trainer what makes it survive: guard, health, and the rehearsal unless the run leaves it out."""
+    model, meter = trainer.model, trainer.meter
+    trainer.guard = Guard(
+        rows=run.micro_batch_size,
+        accumulation=run.accumulation,
+        width=splits.longest,
+        parameters=lambda: [p for p in model.parameters() if p.requires_grad],
+        card=Card(meter.device),
+        relief=CheckpointRelief(model.get_base_model(), run.levers, meter.device),
+        report=progress.report,
+        meter=meter,
+    )
+
+    def redo(inputs: dict[str, Any]) -> Any:
+        with torch.no_grad(), trainer.accelerator.autocast():
+            return trainer.compute_loss(model, inputs)
+
+    trainer.health = Health(run, model, redo, meter, progress.report)
+    if run.schedule.rehearsal:
+        trainer.add_callback(Rehearsal(trainer, trainer.guard, progress.report, splits.eval))
 
 
 def refuse_what_is_not_built(run: RunSpec) -> None:
@@ -163,6 +198,10 @@ def _train(trainer: QloraTrainer, checkpoint: Path | None, stop: StopSignal) -> 
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except AlreadyDone:
         pass
+    except OutOfMemory as error:
+        saved = newest_checkpoint(Path(trainer.args.output_dir), lambda _: None)
+        kept = f"{saved.name} is the last checkpoint" if saved is not None else "no checkpoint had been saved"
+        raise OutOfMemory(f"{error.message}; {kept}", error.hint) from error
     finally:
         stop.training = False
 

@@ -1,4 +1,5 @@
-"""`transformers.Trainer` with three changes: fused loss, events instead of logs, checkpoints whole or not at all."""
+"""`transformers.Trainer` with these changes: fused loss, events instead of logs, checkpoints whole or not at all, and
+steps that survive a lack of memory (`guard.py`) and leave out gradients that are not finite (`health.py`)."""
 
 from __future__ import annotations
 
@@ -16,10 +17,15 @@ from transformers.trainer_utils import rotate_checkpoints
 from vramplan.core.types import RunSpec
 from vramplan.errors import InputError
 from vramplan.train.fused_loss import Head, decoder_of, fused_cross_entropy, labelled_rows
+from vramplan.train.guard import Guard
+from vramplan.train.health import Health
 from vramplan.train.meter import Meter, count_lines
 from vramplan.train.outcome import StopSignal, first_line
 from vramplan.train.progress import Progress
+from vramplan.train.resume import state_where_it_belongs
+from vramplan.train.safe_step import SafeStep, guard_steps
 from vramplan.train.saving import whole_folder
+from vramplan.train.splitting import labelled_in
 
 KEPT_CHECKPOINTS = 2
 
@@ -85,12 +91,20 @@ def usable_optimizer(name: str, device: torch.device, progress: Progress) -> str
 
 
 class QloraTrainer(Trainer):  # type: ignore[misc]
-    """`head` None: the stock loss with full logits. Else the decoder runs alone and the fused loss takes over."""
+    """`head` None: the stock loss with full logits. Else the decoder runs alone and the fused loss takes over.
+
+    Without a guard lack of memory ends the training; without health nothing is looked after. They are set before
+    `train`, since they need the trainer.
+    """
 
     def __init__(self, *, head: Head | None, meter: Meter, **keywords: Any) -> None:
         super().__init__(**keywords)
         self.head = head
         self.meter = meter
+        self.guard: Guard | None = None
+        self.health: Health | None = None
+        self.safe_step: SafeStep | None = None
+        self._share = 1.0  # what a piece of a micro-batch has of its labelled tokens, where losses are means
         self.step_loss: Tensor | float = 0.0
         self.step_tokens: Tensor | int = 0
         if head is not None:
@@ -113,6 +127,10 @@ class QloraTrainer(Trainer):  # type: ignore[misc]
             result = (loss, {"loss": loss}) if return_outputs else loss
         if model.training:
             self.meter.close("forward")
+            if self.guard is not None:
+                self.guard.gradients.ready()
+            if self._share != 1.0:
+                result = result * self._share
         return result
 
     def fused_loss(self, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
@@ -122,24 +140,75 @@ class QloraTrainer(Trainer):  # type: ignore[misc]
             return fused_loss(causal_lm, self.head, inputs, num_items)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        self.meter.open()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.meter.close("backward")
+        inputs = self._prepare_inputs(inputs)
+        means = num_items_in_batch is None or not self.model_accepts_loss_kwargs
+
+        def play(piece: dict[str, Any]) -> Tensor:
+            self._share = labelled_in(piece) / max(labelled_in(inputs), 1) if means and piece is not inputs else 1.0
+            if not self._share:  # a mean over nothing is no number
+                return torch.zeros((), device=self.args.device)
+            return self._micro_step(model, piece, num_items_in_batch)
+
+        guard = self.guard
+        loss = play(inputs) if guard is None else guard.micro_step(inputs, play, self.state.global_step + 1)
+        if self.health is not None:
+            self.health.micro_step(inputs, loss)
         self.step_loss = self.step_loss + loss
+        return loss
+
+    def _micro_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        self.meter.open()
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self.meter.close("backward")
         return loss
 
     def evaluation_loss(self, dataset: Any) -> float:
         """Mean loss over all labelled tokens of a data set, each token counting the same."""
         total, count = 0.0, 0
-        self.model.eval()
         loader = DataLoader(dataset, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
-        with torch.no_grad(), self.accelerator.autocast():
-            for batch in loader:
-                inputs = self._prepare_inputs(batch)
-                labelled = int((inputs["labels"][:, 1:] != -100).sum())
-                loss = self.compute_loss(self.model, inputs, num_items_in_batch=torch.tensor(max(labelled, 1)))
-                total, count = total + float(loss) * labelled, count + labelled
+        for batch in loader:
+            loss, labelled = self.evaluate_batch(batch)
+            total, count = total + loss, count + labelled
         return total / count if count else float("nan")
+
+    def evaluate_batch(self, batch: dict[str, Any]) -> tuple[float, int]:
+        """(sum of the losses, labelled tokens) of one batch."""
+        inputs = self._prepare_inputs(batch)
+        self.model.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            if self.guard is None:
+                return self._evaluate_piece(inputs)
+            pieces = self.guard.evaluate(inputs, self._evaluate_piece, self.state.global_step)
+        return sum(loss for loss, _ in pieces), sum(labelled for _, labelled in pieces)
+
+    def _evaluate_piece(self, inputs: dict[str, Any]) -> tuple[float, int]:
+        labelled = labelled_in(inputs)
+        loss = self.compute_loss(self.model, inputs, num_items_in_batch=torch.tensor(max(labelled, 1)))
+        return float(loss) * labelled, labelled
+
+    # --------------------------------------------------------------------------------------------- optimizer step
+    def create_optimizer(self, model: Any = None) -> Any:
+        optimizer = super().create_optimizer(model)
+        if self.guard is not None:
+            self.safe_step = guard_steps(optimizer, self.guard, lambda: self.state.global_step + 1)
+        return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with state_where_it_belongs(self.optimizer.optimizer):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        def clip() -> Any:
+            return super(QloraTrainer, self)._clip_grad_norm(model)
+
+        return clip() if self.guard is None else self.guard.once_more(clip, "optimizer", self.state.global_step + 1)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.health is not None and self.safe_step is not None:
+            step, rate = self.state.global_step + 1, self._get_learning_rate()
+            self.safe_step.drop_next = self.health.must_drop(norm, step, rate)
+        return norm
 
     # ------------------------------------------------------------------------------------------------ counting
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
@@ -151,8 +220,14 @@ class QloraTrainer(Trainer):  # type: ignore[misc]
     def take_step(self) -> tuple[float, int]:
         """Loss and non-padding input tokens since the last call. Waits for the device."""
         loss, tokens = float(self.step_loss), int(self.step_tokens)
-        self.step_loss, self.step_tokens = 0.0, 0
+        self.forget_step()
         return loss, tokens
+
+    def forget_step(self) -> None:
+        """What was played so far counts for no step."""
+        self.step_loss, self.step_tokens = 0.0, 0
+        if self.health is not None:
+            self.health.forget()
 
     # -------------------------------------------------------------------------------------------------- saving
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -162,6 +237,8 @@ class QloraTrainer(Trainer):  # type: ignore[misc]
             self._save_optimizer_and_scheduler(str(temporary))
             self._save_rng_state(str(temporary))
             self.state.save_to_json(str(temporary / "trainer_state.json"))
+            if self.guard is not None:
+                self.guard.save(temporary)
         rotate_checkpoints(str(folder), save_total_limit=KEPT_CHECKPOINTS)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -215,6 +292,10 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         meter = self.trainer.meter
         meter.end_step()
         meter.steps = state.global_step
+        if self.trainer.guard is not None:
+            self.trainer.guard.end_step(state.global_step)
+        if self.trainer.health is not None and self.trainer.health.in_a_row:
+            control.should_save = False  # the checkpoint before it stays the newest
         self.done += 1
         if self.done == 1:
             meter.lines = count_lines(self.trainer.model, optimizer, meter.device)
@@ -235,7 +316,9 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         if finite:
             meter.first_loss = loss if meter.first_loss is None else meter.first_loss
             meter.last_loss = loss
-        else:
+        if self.trainer.health is not None:
+            self.trainer.health.loss(loss, state.global_step)
+        elif not finite:
             self.progress.warning(f"the loss of step {state.global_step} is {loss}: lower the learning rate")
         mean = meter.busy_s / (self.done - 1) if self.done > 1 else seconds
         self.progress(
