@@ -9,6 +9,7 @@ in host memory: on lack of memory that is put back and the step taken again, fir
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from types import MethodType
 from typing import Any
 
 import bitsandbytes as bnb
@@ -25,9 +26,15 @@ Step = Callable[..., Any]
 
 def guard_steps(optimizer: Any, guard: Guard, step_now: Callable[[], int]) -> SafeStep:
     """Make `optimizer.step()` safe. step_now: the number of the optimizer step in progress, from 1."""
-    if not isinstance(optimizer.step, SafeStep):
-        optimizer.step = SafeStep(optimizer, guard, step_now)
-    safe: SafeStep = optimizer.step
+    safe: SafeStep | None = getattr(optimizer.step, "safe", None)
+    if safe is None:
+        safe = SafeStep(optimizer, guard, step_now)
+
+        def step(_: Any, closure: Any = None, safe: SafeStep = safe) -> Any:
+            return safe(closure)
+
+        step.safe = safe  # type: ignore[attr-defined]
+        optimizer.step = MethodType(step, optimizer)  # a method: schedulers wrap it again
     return safe
 
 
