@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from vramplan.core.types import Levers, Lora, RunSpec, Schedule
-from vramplan.train import pressure
 from vramplan.train import trainer as trainer_module
 from vramplan.train.data import Collator
 from vramplan.train.fused_loss import head_of
@@ -108,7 +107,7 @@ def make_trainer(
     model = make_peft_model(device) if model is None else model
     dataset = ragged_rows(rows * accumulation * max(steps, 1)) if dataset is None else dataset
     arguments = training_arguments(run, folder, device, levers.optimizer)
-    arguments = transformers.TrainingArguments(**{**arguments_of(arguments), "bf16": False})
+    arguments = transformers.TrainingArguments(**{**arguments_of(arguments), "bf16": False, "save_strategy": "no"})
     meter = Meter(device)
     trainer = QloraTrainer(
         head=head_of(model.get_base_model()) if levers.loss == "fused" else None,
@@ -218,13 +217,13 @@ def changed(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> boo
 
 @contextmanager
 def cheap_collections() -> Iterator[None]:
-    """One thread, and no garbage collection after a failure: with all that is imported each takes half a second."""
+    """One thread, and what is imported left out of garbage collections, which take half a second with it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    stock = pressure.gc
-    pressure.gc = SimpleNamespace(collect=lambda: 0)  # type: ignore[assignment]
+    gc.collect()
+    gc.freeze()
     try:
         yield
     finally:
-        pressure.gc = stock
+        gc.unfreeze()
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""Lack of memory in the optimizer: a step happens once and whole, or not at all. And the rehearsal, which leaves nothing."""
+"""Lack of memory in the optimizer: a step happens once and whole, or not at all. The rehearsal leaves nothing."""
 
 from __future__ import annotations
 
