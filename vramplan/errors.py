@@ -38,6 +38,10 @@ class OutOfMemory(VramplanError):
     exit_code = ENDED_IN_OOM
 
 
+class DiskFull(VramplanError):
+    """Something could not be saved; what was there before still is (exit code 1)."""
+
+
 class MissingExtra(VramplanError):
     """A library of an optional extra is not installed (exit code 1)."""
 

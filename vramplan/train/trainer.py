@@ -24,7 +24,7 @@ from vramplan.train.outcome import StopSignal, first_line
 from vramplan.train.progress import Progress
 from vramplan.train.resume import state_where_it_belongs
 from vramplan.train.safe_step import SafeStep, guard_steps
-from vramplan.train.saving import whole_folder
+from vramplan.train.saving import save_checkpoint
 from vramplan.train.splitting import labelled_in
 
 KEPT_CHECKPOINTS = 2
@@ -232,14 +232,16 @@ class QloraTrainer(Trainer):  # type: ignore[misc]
     # -------------------------------------------------------------------------------------------------- saving
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self.args.output_dir)
-        with whole_folder(folder / f"checkpoint-{self.state.global_step}") as temporary:
-            self._save(str(temporary))
-            self._save_optimizer_and_scheduler(str(temporary))
-            self._save_rng_state(str(temporary))
-            self.state.save_to_json(str(temporary / "trainer_state.json"))
-            if self.guard is not None:
-                self.guard.save(temporary)
+        save_checkpoint(folder / f"checkpoint-{self.state.global_step}", self._write_checkpoint)
         rotate_checkpoints(str(folder), save_total_limit=KEPT_CHECKPOINTS)
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        self._save(str(folder))
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_rng_state(str(folder))
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+        if self.guard is not None:
+            self.guard.save(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         self.model.save_pretrained(output_dir, save_embedding_layers=False)
