@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import weakref
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from guard_tools import (  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from vramplan.core.types import Levers  # noqa: E402
+from vramplan.core.types import Levers, Schedule  # noqa: E402
 from vramplan.errors import OutOfMemory  # noqa: E402
 from vramplan.train.gradients import Gradients  # noqa: E402
 from vramplan.train.guard import PRESSURE_STEPS, QUIET_STEPS, Guard, State  # noqa: E402
@@ -144,6 +146,31 @@ def test_no_schedule_of_failures_changes_the_result(
     assert made.trainer.meter.oom_events == faults.raised
     for event in made.of("oom"):
         assert event["micro_batch_size"] * event["accumulation"] >= 8 > (event["micro_batch_size"] - 1) * 2
+
+
+@pytest.mark.slow
+def test_two_hundred_steps_under_failures_end_where_the_clean_run_ends(tmp_path: Path) -> None:
+    schedule = Schedule(max_steps=200, learning_rate=2e-3, lr_scheduler_type="cosine", save_steps=1000)
+    options: dict[str, Any] = {"rows": 2, "schedule": schedule, "optimizer": "adamw_torch", "dataset": ragged_rows(64)}
+    clean = make_trainer(tmp_path, guarded=False, **options)
+    clean.trainer.train()
+    made = make_trainer(tmp_path, relief=Endless(), **options)
+    draw = random.Random(0)
+    faults = {where: Faults() for where in PLACES}
+    with ExitStack() as stack:
+        for where, fault in faults.items():
+            fault.when = lambda number: draw.random() < 0.04
+            stack.enter_context(fault.at(where, made.trainer.model))
+        made.trainer.train()
+    assert all(fault.raised > 10 for fault in faults.values())
+    assert made.trainer.meter.oom_events == sum(fault.raised for fault in faults.values())
+    assert {"split", "shrink", "checkpoint"} <= {event["action"] for event in made.of("oom")}
+    data = ragged_rows(20, seed=5)
+    before = make_trainer(tmp_path).trainer.evaluation_loss(data)
+    after, expected = made.trainer.evaluation_loss(data), clean.trainer.evaluation_loss(data)
+    assert after == pytest.approx(expected, rel=1e-5)
+    assert abs(after - before) > 100 * abs(after - expected)
+    same_parameters(clean.parameters(), made.parameters(), rtol=1e-3, atol=1e-5)  # Adam enlarges noise step by step
 
 
 def test_the_failed_graph_is_gone_before_the_next_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,7 +112,7 @@ def test_killed_again_and_again_the_curve_is_that_of_an_uninterrupted_run(
     """Each life ends somewhere inside a save: before its first file, between files, between renames, while pruning."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     ended = []
-    for kill_at in (4, 21, 9, 33, 13, 27, 18, 45, 0):
+    for kill_at in (4, 21, 23, 33, 13, 70, 18, 45, 0):
         resume = newest_checkpoint(tmp_path / "checkpoints", lambda _: None) is not None
         ended.append(forked(lambda resume=resume: tune(run, tmp_path, resume=resume), kill_at))  # type: ignore[misc]
         if ended[-1] == 0:
