@@ -129,7 +129,7 @@ class Guard:
         measure = self.relief.take()
         if measure is None:
             first, width = self._piece
-            tried = ["one row at a time", *(MEASURES[name] for name in self.relief.taken)]
+            tried = ["one row at a time", *(MEASURES.get(name, name) for name in self.relief.taken)]
             raise OutOfMemory(
                 f"row {first + 1} of a micro-batch of step {step} ({width:,} tokens) does not fit by itself, tried "
                 f"{', '.join(tried)}; out of memory in {failure.where}: {failure.message}",

@@ -198,10 +198,10 @@ class QloraTrainer(Trainer):  # type: ignore[misc]
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        def clip() -> Any:
-            return super(QloraTrainer, self)._clip_grad_norm(model)
-
-        return clip() if self.guard is None else self.guard.once_more(clip, "optimizer", self.state.global_step + 1)
+        clip = super()._clip_grad_norm
+        if self.guard is None:
+            return clip(model)
+        return self.guard.once_more(lambda: clip(model), "optimizer", self.state.global_step + 1)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
