@@ -332,6 +332,7 @@ def test_losses_that_are_no_number_end_the_run_and_keep_the_checkpoint_before(ro
     with pytest.raises(VramplanError, match="3 steps in a row, up to step 4, have no finite gradient") as caught:
         tune(wild(root), tmp_path)
     assert "the learning rate of 1e+30 is far too high" in caught.value.message
+    assert caught.value.message.endswith("; checkpoint-1 is the last checkpoint")
     assert losses(tmp_path) == [pytest.approx(losses(tmp_path)[0]), None, None]
     assert [e["kind"] for e in events(tmp_path, "health")] == ["nan"]
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-1"]

@@ -42,6 +42,10 @@ class DiskFull(VramplanError):
     """Something could not be saved; what was there before still is (exit code 1)."""
 
 
+class NotFinite(VramplanError):
+    """Training has no finite gradient any more (exit code 1)."""
+
+
 class MissingExtra(VramplanError):
     """A library of an optional extra is not installed (exit code 1)."""
 

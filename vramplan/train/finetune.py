@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from vramplan.core.types import Ledger, RunSpec
-from vramplan.errors import InputError, OutOfMemory
+from vramplan.errors import InputError, NotFinite, OutOfMemory
 from vramplan.train import data
 from vramplan.train.audit import audit, read_prediction
 from vramplan.train.audit_causes import Loaded, float32_names
@@ -198,10 +198,10 @@ def _train(trainer: QloraTrainer, checkpoint: Path | None, stop: StopSignal) -> 
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except AlreadyDone:
         pass
-    except OutOfMemory as error:
+    except (OutOfMemory, NotFinite) as error:
         saved = newest_checkpoint(Path(trainer.args.output_dir), lambda _: None)
         kept = f"{saved.name} is the last checkpoint" if saved is not None else "no checkpoint had been saved"
-        raise OutOfMemory(f"{error.message}; {kept}", error.hint) from error
+        raise type(error)(f"{error.message}; {kept}", error.hint) from error
     finally:
         stop.training = False
 

@@ -1,8 +1,8 @@
 """A micro-batch that does not fit is freed, split and redone inside the same optimizer step.
 
 The gradients go back to what they were before the micro-step, and every piece's loss is divided by the same number of
-tokens, so the update is that of the unsplit step. Order of measures: half the rows, down to single rows; then the
-levers of `relief.py`; then the run ends, saying what was tried.
+tokens, so the update is that of the unsplit step. Order of measures: half the rows, down to single rows; then the next
+lever of `relief.py`, with which all rows are tried again; when none is left the run ends, saying what was tried.
 
 How much runs at a time is remembered in tokens (rows x width), since that is what activations grow with: batches of
 short rows stay whole although those of long rows are split. "The micro-batch shrinks for good" means that this limit
@@ -91,7 +91,7 @@ class Guard:
                 failure = self.card.failure(error)
                 if failure is None:
                     raise
-                rows = self._less(failure, inputs, rows, step, error)
+                rows = self._less(failure, rows, planned, step, error)
                 let_go(error)
             failures += 1
             self.gradients.restore()
@@ -120,7 +120,7 @@ class Guard:
         assert total is not None
         return total
 
-    def _less(self, failure: Failure, inputs: Inputs, rows: int, step: int, error: Exception) -> int:
+    def _less(self, failure: Failure, rows: int, planned: int, step: int, error: Exception) -> int:
         """The next measure after a failure of `rows` rows at a time; how many to try next."""
         if rows > 1:
             smaller = (rows + 1) // 2
@@ -135,8 +135,8 @@ class Guard:
                 f"{', '.join(tried)}; out of memory in {failure.where}: {failure.message}",
                 "cut rows with --seq-len, or ask `vramplan diagnose RUN_DIR`",
             ) from error
-        self._tell(failure, step, measure, rows, self._piece[1], rows)
-        return rows
+        self._tell(failure, step, measure, rows, self._piece[1], planned)
+        return planned
 
     # ------------------------------------------------------------------------------------ shrinking and growing
     def _shrink_if_pressed(self, inputs: Inputs, rows: int, step: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vramplan.core.types import RunSpec
-from vramplan.errors import VramplanError
+from vramplan.errors import NotFinite
 from vramplan.train.meter import Meter
 from vramplan.train.nonfinite import Step, some_of, trained, why_not_finite
 from vramplan.train.pressure import Report
@@ -64,7 +64,7 @@ class Health:
     def must_drop(self, norm: Tensor | float, step: int, rate: float) -> bool:
         """Whether the optimizer must leave out the step it is about to make. Waits for the gradient's norm.
 
-        VramplanError after NAN_LIMIT such steps in a row, unless the run says skip.
+        NotFinite after NAN_LIMIT such steps in a row, unless the run says skip.
         """
         value = float(norm)
         self._highest_rate = max(self._highest_rate, rate)
@@ -90,9 +90,9 @@ class Health:
             self._say("nan", step, "the gradients are not finite: the step is left out", self._reason)
         if self.run.schedule.on_nan == "stop" and self.in_a_row >= NAN_LIMIT:
             why = f": {self._reason}" if self._reason else ""
-            raise VramplanError(
+            raise NotFinite(
                 f"{NAN_LIMIT} steps in a row, up to step {step}, have no finite gradient{why}",
-                "lower the learning rate, then --resume from the checkpoint before; --on-nan skip goes on regardless",
+                "lower the learning rate and --resume from the checkpoint before; --on-nan skip goes on regardless",
             )
 
     # ------------------------------------------------------------------------------------------------- gradients
