@@ -174,17 +174,20 @@ def test_two_hundred_steps_under_failures_end_where_the_clean_run_ends(tmp_path:
 
 
 def test_the_failed_graph_is_gone_before_the_next_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where somebody keeps the error: it is its frames that hold the tensors."""
     seen: list[weakref.ref[Any]] = []
     alive: list[bool] = []
+    kept: list[Exception] = []
     made = make_trainer(tmp_path, steps=1)
-    layers = made.trainer.model.get_base_model().model.layers
-    hook = layers[0].register_forward_hook(lambda _, __, output: seen.append(weakref.ref(output)))
+    up = made.trainer.model.get_base_model().model.layers[0].mlp.up_proj  # its output waits for a backward that fails
+    hook = up.register_forward_hook(lambda _, __, output: seen.append(weakref.ref(output)))
     monkeypatch.setattr(Card, "free", lambda self: alive.extend(ref() is not None for ref in seen))  # no collection
-    faults = Faults()
+    faults = Faults(lambda: kept.append(torch.OutOfMemoryError(OOM_TEXT)) or kept[-1])  # type: ignore[func-returns-value]
     faults.when = lambda number: number == 1
     with faults.at("backward", made.trainer.model):
         made.trainer.train()
     hook.remove()
+    assert len(kept) == 1
     assert alive == [False]
 
 

@@ -182,6 +182,8 @@ def test_it_leaves_nothing_behind(tmp_path: Path) -> None:
     trainer.optimizer = trainer.accelerator.prepare(trainer.optimizer)
     before, drawn = made.parameters(), (random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist())
     rate = trainer.lr_scheduler.get_last_lr()
+    layer = trainer.model.get_base_model().model.layers[0]  # whatever draws, dropout say
+    layer.register_forward_pre_hook(lambda *_: (random.random(), torch.rand(1), np.random.rand(), None)[-1])
     Rehearsal(trainer, trainer.guard, made.events.append).on_train_begin(trainer.args, trainer.state, trainer.control)
     same_parameters(before, made.parameters(), rtol=0)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == (drawn[0], drawn[2])
