@@ -58,7 +58,7 @@ class Meter:
         self.eval_loss_before: float | None = None
         self.eval_loss_after: float | None = None
         self.oom_events = self.skipped_steps = 0
-        self.micro_batch_size: int | None = None  # set when it is not as asked
+        self.micro_batch_size: int | None = None  # None: as asked, nothing happened
         self._open: dict[str, int] = {}  # phase -> peak of the step in progress
         self._step: dict[str, int] = {}  # phase -> peak of the last whole step
         self._highest: dict[str, int] = {}  # of the step with the highest point: the longest batch, if lengths differ
