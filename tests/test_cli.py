@@ -74,6 +74,7 @@ class Rooms:
     message: str = ""
     measurement: Measurement | None = None
     prepared: tuple[Path, RunSpec, Plan | None, bool] | None = None
+    predicted: Ledger | None = None
     objective: str = ""
     chip: str | None = None
 
@@ -105,7 +106,7 @@ class Rooms:
     def prepare_run_dir(
         self, run_dir: Path, run: RunSpec, plan: Plan | None, *, resume: bool, prediction: Ledger
     ) -> None:
-        self.prepared = (run_dir, run, plan, resume)
+        self.prepared, self.predicted = (run_dir, run, plan, resume), prediction
 
     def launch(self, run_dir: Path, *, resume: bool = False, on_event: Callable[[dict[str, Any]], None]) -> Any:
         on_event({"event": "phase", "t": 0.0, "name": "load", "message": "loading"})
@@ -165,7 +166,7 @@ def test_levers_override_the_recipe(cli: Cli, rooms: Rooms) -> None:
     assert rooms.run.recipe == "peft"
     assert rooms.run.levers == Levers(
         upcast="all", loss="fused", checkpointing="every-3", optimizer="adamw_torch_fused", attention="eager",
-        allocator="native",
+        kernels="stock", allocator="native",
     )  # fmt: skip
 
 
@@ -394,6 +395,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_train_builds_the_run(cli: Cli, rooms: Rooms, data: Path) -> None:
     rooms.measurement = make_measurement()
     flags = "--effective-batch-size 8 --batch-size 2 --max-steps 5 --learning-rate 1e-3 --eval-fraction 0.1 --seed 7"
+    flags += " --no-rehearsal --on-nan skip"
     result = cli("train", "llama-2-7b", "--data", "d.jsonl", "-o", "out", *flags.split())
     assert result.code == 0
     assert rooms.prepared is not None
@@ -403,6 +405,8 @@ def test_train_builds_the_run(cli: Cli, rooms: Rooms, data: Path) -> None:
     assert spec.model_path == "meta-llama/Llama-2-7b-hf"
     assert spec.data is not None and spec.data.path == str(data) and spec.data.eval_fraction == 0.1
     assert (spec.schedule.max_steps, spec.schedule.learning_rate, spec.schedule.seed) == (5, 1e-3, 7)
+    assert (spec.schedule.rehearsal, spec.schedule.on_nan) == (False, "skip")
+    assert rooms.predicted is not None and rooms.predicted.run == spec
     assert "Done: 60 steps" in result.out and "predicted   measured" in result.out
     assert "load: loading" in result.err and "training on the CPU" in result.err
 

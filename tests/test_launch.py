@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from factories import make_ledger
 
-from vramplan.core.types import DataSpec, Levers, Measurement, RunSpec, Schedule
+from vramplan.core.types import DataSpec, Ledger, Levers, Measurement, RunSpec, Schedule
 from vramplan.errors import InputError, MissingExtra
 from vramplan.launch import Outcome, child, launch, prepare_run_dir
 from vramplan.launch.ending import died
@@ -121,6 +122,16 @@ def test_prepare_refuses_to_overwrite_results_but_not_a_failed_start(tmp_path: P
         prepare_run_dir(tmp_path, RUN, None, resume=False)
     assert "--resume" in error.value.hint
     prepare_run_dir(tmp_path, RUN, None, resume=True)
+
+
+def test_the_prediction_goes_with_the_run_and_not_with_the_next(tmp_path: Path) -> None:
+    ledger = make_ledger()
+    prepare_run_dir(tmp_path, RUN, None, resume=False, prediction=ledger)
+    assert records.read_json(tmp_path / "prediction.json", Ledger) == ledger
+    prepare_run_dir(tmp_path, RUN, None, resume=True)
+    assert (tmp_path / "prediction.json").is_file()
+    prepare_run_dir(tmp_path, RUN, None, resume=False)
+    assert not (tmp_path / "prediction.json").exists()
 
 
 def test_resume_may_change_only_the_schedule(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from factories import (
     make_measurement,
     make_model,
     make_plan,
+    make_run,
     make_verdict,
 )
 from hypothesis import given, settings
@@ -31,6 +32,7 @@ from hypothesis import strategies as st
 from vramplan.core.types import GpuProcess, Levers
 from vramplan.core.units import GIB, MIB
 from vramplan.report import payload, rows, tables
+from vramplan.report.audit import show_audit
 from vramplan.report.check import show_check
 from vramplan.report.compare import compare
 from vramplan.report.estimate import headline, one_card, show_estimate
@@ -38,6 +40,7 @@ from vramplan.report.fit import show_fit, shown
 from vramplan.report.gpus import show_gpus
 from vramplan.report.live import PlainDisplay, clock, event_text, one_line, step_text
 from vramplan.report.models import show_models
+from vramplan.report.survival import survived
 from vramplan.report.train import show_result, summary
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -74,11 +77,44 @@ BUSY = make_gpu(
 NO_FIT = make_plan(verdict="does_not_fit", budget_bytes=3 * GIB, reason="", advice=("--seq-len 512 needs 2.90 GiB",))
 MODELS = (("llama-2-7b", make_model(), 6_738_415_616, "meta-llama/Llama-2-7b-hf"),)
 
+OOM = {
+    "event": "oom", "step": 12, "action": "split", "where": "backward", "rows": 4, "tokens": 4096,
+    "micro_batch_size": 2, "accumulation": 8, "requested_bytes": 2 * GIB, "message": "CUDA out of memory.",
+}  # fmt: skip
+REHEARSAL = {
+    "event": "rehearsal", "rows": 4, "tokens": 4096, "micro_batch_size": 4, "accumulation": 4, "oom_events": 0,
+    "relief": [], "peak_bytes": 10 * GIB, "seconds": 2.5,
+}  # fmt: skip
+HEALTH = {"event": "health", "kind": "stuck", "step": 100, "message": "the loss does not fall", "reason": "rate 0"}
+AUDIT = {
+    "event": "audit",
+    "rows": [
+        {"key": "weights.nf4", "label": "packed 4-bit weights", "dtypes": {"uint8": 3_238_002_688},
+         "bytes": 3_238_002_688, "planned_bytes": 3_238_002_688},
+        {"key": "weights.constants", "label": "quantisation constants", "dtypes": {"uint8": 90_000_000, "float32": 1},
+         "bytes": 102_600_001, "planned_bytes": 102_600_000},
+        {"key": "weights.embeddings", "label": "input embedding", "dtypes": {"float32": 524_288_000},
+         "bytes": 524_288_000, "planned_bytes": 262_144_000},
+        {"key": "weights.lm_head", "label": "output layer", "dtypes": {"float32": 524_288_000},
+         "bytes": 524_288_000, "planned_bytes": 262_144_000},
+        {"key": "adapter.lora", "label": "LoRA A and B", "dtypes": {"float32": 159_907_840},
+         "bytes": 159_907_840, "planned_bytes": 159_907_840},
+    ],
+    "counted_bytes": 4_549_086_529, "planned_bytes": 3_922_198_528, "allocated_bytes": 4_549_086_529 + 3 * MIB,
+    "findings": [
+        {"cause": 3, "key": "upcast", "bytes": 524_288_000, "fix": "--upcast none, as the lean recipe has it",
+         "message": "embeddings and head were made float32 (prepare_model_for_kbit_training)"},
+        {"cause": None, "key": "not_quantised", "bytes": None, "fix": "another model, or room for them",
+         "message": "24 Linears are of a class that is not quantised and stay bfloat16"},
+    ],
+}  # fmt: skip
+
 VIEWS: dict[str, tuple[Callable[..., None], tuple[object, ...]]] = {
     "estimate": (show_estimate, (make_ledger(), VERDICTS)),
     "check": (show_check, (BUSY, make_ledger(), make_verdict())),
     "fit": (show_fit, (make_plan(),)),
     "fit_impossible": (show_fit, (NO_FIT,)),
+    "audit": (lambda stream, event, width: show_audit(tables.console(stream, width), event), (AUDIT,)),
     "train": (show_result, (make_ledger(), make_measurement(), "runs/first/adapter")),
     "gpus": (show_gpus, (CARDS, ())),
     "models": (show_models, (MODELS,)),
@@ -303,6 +339,38 @@ def test_summary() -> None:
     )
 
 
+def test_what_was_survived_in_words() -> None:
+    assert event_text(OOM) == (
+        "out of memory: step 12, backward, 4 x 4,096 tokens (2.00 GiB asked for): redone 2 rows at a time"
+    )
+    step = {**OOM, "where": "optimizer", "action": "retry", "requested_bytes": None}
+    assert event_text(step) == "out of memory: step 12, optimizer: taken again"
+    assert str(event_text({**OOM, "where": "evaluation"})).endswith("2 rows at a time from now on")
+    assert event_text({**OOM, "action": "shrink"}) == (
+        "micro-batch: 2 rows of 4,096 tokens at a time from step 12 on, accumulation 8: the effective batch stays"
+    )
+    assert "back to 2 rows" in str(event_text({**OOM, "action": "grow"}))
+    assert event_text(REHEARSAL) == "rehearsal: the largest batch, 4 x 4,096 tokens, fits, peak 10.00 GiB"
+    assert event_text({**REHEARSAL, "micro_batch_size": 2, "accumulation": 8, "relief": ["offload"]}) == (
+        "rehearsal: rows of 4,096 tokens do not fit 4 at a time: 2 x 4,096 from the start, with checkpoints in host "
+        "memory, accumulation 8; the effective batch stays, peak 10.00 GiB"
+    )
+    assert event_text(HEALTH) == "health: step 100: the loss does not fall (rate 0)"
+
+
+def test_the_end_says_what_was_survived() -> None:
+    ledger = make_ledger(run=make_run(micro_batch_size=4, accumulation=4))
+    assert survived(ledger, make_measurement()) == []
+    once = make_measurement(oom_events=1, micro_batch_size=4)
+    assert survived(ledger, once) == [
+        "Out of memory once and went on: the micro-batch is 4 as planned; the effective batch stayed 16."
+    ]
+    text = draw(show_result, ledger, make_measurement(oom_events=3, micro_batch_size=1, skipped_steps=2), "a", width=80)
+    flat = " ".join(text.split())
+    assert "Out of memory 3 times and went on: the longest rows run 1 at a time instead of 4, accumulation 16" in flat
+    assert "2 steps were left out: no finite gradient." in flat
+
+
 STEP = {"event": "step", "t": 100.0, "step": 3, "loss": 2.5, "tokens_per_s": 1234.0, "peak_bytes": GIB, "eta_s": 61.0}
 
 
@@ -327,6 +395,13 @@ def test_events_with_nonsense_in_them_are_survived(value: object) -> None:
         assert step_text({**STEP, key: value}, None, GIB)
     for kind in ("phase", "start", "eval", "warning", "sample", "end", value):
         event_text({"event": kind, "message": value, "loss": value, "text": value, "resumed_from": value})
+    for event in (OOM, REHEARSAL, HEALTH):
+        for key in event.keys() - {"event"}:
+            assert event_text({**event, key: value})
+    display = PlainDisplay(io.StringIO(), GIB)
+    for key in AUDIT.keys() - {"event"}:
+        display.on_event({**AUDIT, key: value})
+        display.on_event({**AUDIT, key: [value, {"bytes": value, "dtypes": value, "label": value, "cause": value}]})
 
 
 def test_texts_from_the_child_stay_on_one_line_without_control_characters() -> None:

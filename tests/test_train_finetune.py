@@ -322,11 +322,27 @@ def test_disk_full_leaves_nothing_half_written(
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_loss_that_is_no_number_is_a_warning(root: Path, tmp_path: Path) -> None:
-    run = spec(root, schedule=Schedule(max_steps=4, learning_rate=1e30, max_grad_norm=0.0, warmup_ratio=0.0))
-    tune(run, tmp_path)
-    assert any("lower the learning rate" in e["message"] for e in events(tmp_path, "warning"))
-    assert losses(tmp_path)[-1] is None
+def wild(root: Path, **changes: Any) -> RunSpec:
+    """One step of this and the adapter's outputs are not finite any more."""
+    wild = {"max_steps": 8, "learning_rate": 1e30, "max_grad_norm": 0.0, "warmup_ratio": 0.0, "save_steps": 1}
+    return spec(root, schedule=Schedule(**{**wild, **changes}))
+
+
+def test_losses_that_are_no_number_end_the_run_and_keep_the_checkpoint_before(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(VramplanError, match="3 steps in a row, up to step 4, have no finite gradient") as caught:
+        tune(wild(root), tmp_path)
+    assert "the learning rate of 1e+30 is far too high" in caught.value.message
+    assert caught.value.message.endswith("; checkpoint-1 is the last checkpoint")
+    assert losses(tmp_path) == [pytest.approx(losses(tmp_path)[0]), None, None]
+    assert [e["kind"] for e in events(tmp_path, "health")] == ["nan"]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-1"]
+    assert (measurement(tmp_path).ended, measurement(tmp_path).skipped_steps) == ("error", 3)
+
+
+def test_losses_that_are_no_number_can_be_skipped(root: Path, tmp_path: Path) -> None:
+    tune(wild(root, on_nan="skip"), tmp_path)
+    assert losses(tmp_path)[1:] == [None] * 7
+    assert measurement(tmp_path).skipped_steps == 7
     assert measurement(tmp_path).eval_loss_after is None
 
 

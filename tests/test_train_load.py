@@ -16,7 +16,7 @@ from train_tools import make_model, make_run, make_text  # noqa: E402
 
 from vramplan.core.types import Levers, Lora, RunSpec  # noqa: E402
 from vramplan.errors import InputError, VramplanError  # noqa: E402
-from vramplan.train.load import audit, load_model, load_tokenizer, resolve  # noqa: E402
+from vramplan.train.load import load_model, load_tokenizer, resolve  # noqa: E402
 from vramplan.train.lora import add_lora, check_targets, checkpoint_every, prepare  # noqa: E402
 from vramplan.train.meter import count_lines  # noqa: E402
 
@@ -40,15 +40,14 @@ def run(tiny: Path) -> RunSpec:
     return make_run(tiny, tiny / "none.jsonl")
 
 
-def loaded(run: RunSpec, warnings: list[str] | None = None) -> Any:
-    return load_model(run, str(run.model_path), DEVICE, (warnings if warnings is not None else []).append)
+def loaded(run: RunSpec) -> Any:
+    return load_model(run, str(run.model_path), DEVICE)
 
 
 # ------------------------------------------------------------------------------------------------------- loading
 @pytest.mark.parametrize("random_weights", [False, True])
 def test_linear_layers_are_nf4_and_nothing_else(run: RunSpec, random_weights: bool) -> None:
-    warnings: list[str] = []
-    model = loaded(replace(run, random_weights=random_weights), warnings)
+    model = loaded(replace(run, random_weights=random_weights))
     four_bit = {n for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
     assert len(four_bit) == LAYERS * 7
     assert not any("lm_head" in n for n in four_bit)
@@ -58,7 +57,6 @@ def test_linear_layers_are_nf4_and_nothing_else(run: RunSpec, random_weights: bo
     assert {p.dtype for p in others} == {torch.bfloat16}
     assert all(p.device.type == DEVICE.type for p in model.parameters())
     assert model.is_loaded_in_4bit
-    assert warnings == []
 
 
 def test_random_weights_have_the_bytes_of_real_ones(run: RunSpec) -> None:
@@ -93,26 +91,6 @@ def test_training_works_after_an_evaluation(run: RunSpec) -> None:
     gradients = [p.grad for n, p in model.named_parameters() if "lora_B" in n]
     assert len(gradients) == LAYERS * 7
     assert all(g is not None and g.abs().max() > 0 for g in gradients)
-
-
-def test_audit_names_big_weights_that_stay_unquantised() -> None:
-    class Experts(torch.nn.Module):
-        dtype = torch.bfloat16
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate_up_proj = torch.nn.Parameter(torch.zeros(8, 1024, 2048, dtype=torch.bfloat16))
-
-        def get_input_embeddings(self) -> None:
-            return None
-
-        get_output_embeddings = get_input_embeddings
-
-    warnings: list[str] = []
-    audit(Experts(), warnings.append)
-    assert len(warnings) == 1
-    assert "gate_up_proj" in warnings[0]
-    assert "32.0 MiB" in warnings[0]
 
 
 # ------------------------------------------------------------------------------------------------------ bad input
@@ -263,6 +241,10 @@ def test_a_target_that_names_nothing_lists_what_there_is(run: RunSpec) -> None:
         check_targets(model, ["q_proj", "query", "key"])
     for name in ("q_proj", "down_proj", "lm_head"):
         assert name in caught.value.hint
+    assert "patterns" not in caught.value.hint
+    with pytest.raises(InputError, match="is called") as caught:
+        check_targets(model, [r".*\.(q|v)_proj"])
+    assert caught.value.hint.startswith("names, not patterns; there are: ")
 
 
 # -------------------------------------------------------------------------------------------- resident, counted

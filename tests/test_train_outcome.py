@@ -11,8 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from vramplan.errors import InputError, VramplanError
-from vramplan.train.outcome import Interrupted, first_line, is_disk_full, is_out_of_memory, outcome_of
+from vramplan.errors import InputError, OutOfMemory, VramplanError
+from vramplan.train.outcome import (
+    Interrupted,
+    first_line,
+    is_disk_full,
+    is_out_of_memory,
+    outcome_of,
+    requested_bytes,
+)
 from vramplan.train.progress import Lock, Progress
 
 OOM = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB.\nMore lines."
@@ -38,6 +45,12 @@ class SafetensorError(Exception):
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
         MemoryError(),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("HIP error: hipErrorOutOfMemory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        OutOfMemoryError("Allocation on device 0 would exceed allowed memory. (out of memory)\nRequested : 2.00 GiB"),
+        OutOfMemory("row 1 does not fit by itself"),
     ],
 )
 def test_out_of_memory_has_many_faces(error: BaseException) -> None:
@@ -49,6 +62,21 @@ def test_out_of_memory_has_many_faces(error: BaseException) -> None:
 
 def test_oom_message_is_the_first_line() -> None:
     assert outcome_of(OutOfMemoryError(OOM)).message == OOM.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        (OOM, 2 * 2**30),
+        ("HIP out of memory. Tried to allocate 512.00 MiB.", 2**29),
+        ("CUDA out of memory. Allocation was preemptively rejected. Requested size: 20.00 MiB", 20 * 2**20),
+        ("Currently allocated     : 16.66 GiB\nRequested               : 2.50 GiB", 5 * 2**29),
+        ("CUDA error: out of memory", None),
+        ("Tried to allocate 1.2.3 GiB", None),
+    ],
+)
+def test_what_was_asked_for(text: str, size: int | None) -> None:
+    assert requested_bytes(OutOfMemoryError(text)) == size
 
 
 def test_what_only_mentions_memory_is_no_oom() -> None:

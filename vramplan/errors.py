@@ -32,6 +32,20 @@ class DoesNotFit(VramplanError):
     exit_code = DOES_NOT_FIT
 
 
+class OutOfMemory(VramplanError):
+    """Memory ran out and nothing was left that would have needed less (exit code 4)."""
+
+    exit_code = ENDED_IN_OOM
+
+
+class DiskFull(VramplanError):
+    """Something could not be saved; what was there before still is (exit code 1)."""
+
+
+class NotFinite(VramplanError):
+    """Training has no finite gradient any more (exit code 1)."""
+
+
 class MissingExtra(VramplanError):
     """A library of an optional extra is not installed (exit code 1)."""
 

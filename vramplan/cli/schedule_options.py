@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from vramplan.cli.options import Number, OneOf, ParamType, Section, SectionOption, Whole, flag_of
-from vramplan.core.types import INTERVALS, LR_SCHEDULERS, REPORTERS, SAVE_STRATEGIES, Schedule
+from vramplan.core.types import INTERVALS, LR_SCHEDULERS, ON_NAN, REPORTERS, SAVE_STRATEGIES, Schedule
 from vramplan.errors import InputError
 
 DEFAULTS = Schedule()
@@ -42,7 +42,7 @@ class MaxSteps(Whole):
 
 def _in(section: str) -> Any:
     def option(flag: str, help: str = "", **settings: Any) -> Any:
-        name = flag.removeprefix("--").replace("-", "_")
+        name = flag.partition("/")[0].removeprefix("--").replace("-", "_")
         default = getattr(DEFAULTS, name)
         shown = {"default": default, "show_default": default not in (None, (), False)}
         return click.option(flag, cls=SectionOption, section=section, help=help, **{**shown, **settings})
@@ -66,6 +66,9 @@ SCHEDULE: Section = (
     _sched("--adam-beta2", "Of Adam and Lion.", type=Number(0, 1, high_open=True)),
     _sched("--adam-epsilon", "Of Adam.", type=Number(0, 1)),
     _sched("--optim-args", "What the optimizer takes besides (sgd: momentum=0.9,nesterov=true).", metavar="A=X,B=Y"),
+    _sched("--rehearsal/--no-rehearsal", "Try the largest batch, evaluation too, before the first step."),
+    _sched("--on-nan", "Steps without a finite gradient are left out; stop: three in a row end the run.",
+           type=click.Choice(ON_NAN)),
     _sched("--seed", "Of data order and adapter.", type=Whole(0, 2**32 - 1)),
     _sched("--data-seed", "Of data order alone.", type=Whole(0, 2**32 - 1)),
     _sched("--full-determinism", "Deterministic kernels: slower, the same to the last bit.", is_flag=True),

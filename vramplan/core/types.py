@@ -48,6 +48,7 @@ SAVE_STRATEGIES = (*INTERVALS, "best")
 REPORTERS = ("tensorboard", "wandb", "trackio")
 MERGE_DTYPES = ("bfloat16", "float16", "float32")
 MERGE_BASES = ("original", "nf4")  # the base's own weights, or as NF4 rounded them
+ON_NAN = ("stop", "skip")
 VERDICTS = ("fits", "tight", "does_not_fit")
 BASES = ("exact", "modelled", "measured")
 
@@ -230,6 +231,8 @@ class Schedule(Value):
     early_stopping_threshold: float = 0.0
     report_to: tuple[str, ...] = ()  # of REPORTERS, or "all" alone
     run_name: str | None = None
+    rehearsal: bool = True  # try the largest batch before the first step
+    on_nan: str = "stop"  # stop (after some in a row) | skip: what steps without a finite gradient do
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
@@ -482,6 +485,9 @@ class Measurement(Value):
     message: str = ""
     prediction: Ledger | None = None
     gpu: GpuProfile | None = None
+    oom_events: int = 0  # survived: the micro-batch was split, or a lever turned
+    micro_batch_size: int | None = None  # rows at a time when it ended, of the longest; None: as asked
+    skipped_steps: int = 0  # optimizer steps left out because a gradient was not finite
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)

@@ -18,6 +18,8 @@ def prepare_run_dir(
 ) -> None:
     """Make the folder and write what the child reads. Nothing is written unless everything is in order.
 
+    ledger: the prediction, which the child holds what it loads against.
+
     InputError for a folder in use, one that holds something else or a run with results (without `resume`), and, with
     `resume`, for one that holds no run or a different one; only the schedule may change.
     """

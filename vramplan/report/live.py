@@ -9,9 +9,14 @@ from types import TracebackType
 from typing import Any, Protocol, TextIO
 
 from vramplan.core.units import human
+from vramplan.report.fields import number as _float
+from vramplan.report.fields import one_line
+from vramplan.report.fields import whole as _int
+from vramplan.report.survival import health_text, oom_text, rehearsal_text
 
 Event = dict[str, Any]
 EVERY_S = 10.0  # between plain lines
+TEXTS = {"oom": oom_text, "rehearsal": rehearsal_text, "health": health_text}
 
 
 class Display(Protocol):
@@ -31,14 +36,14 @@ def make_display(stream: TextIO, planned_bytes: int, *, width: int | None = None
         screen = console(stream, width)
         if not screen.is_dumb_terminal:
             return LiveDisplay(screen, planned_bytes)
-    return PlainDisplay(stream, planned_bytes)
+    return PlainDisplay(stream, planned_bytes, width=width)
 
 
 class PlainDisplay:
     """One line per phase, and one per `EVERY_S` seconds of steps; the first and the last step always."""
 
-    def __init__(self, stream: TextIO, planned_bytes: int) -> None:
-        self.stream, self.planned_bytes = stream, planned_bytes
+    def __init__(self, stream: TextIO, planned_bytes: int, *, width: int | None = None) -> None:
+        self.stream, self.planned_bytes, self.width = stream, planned_bytes, width
         self.total: int | None = None
         self.last_t = float("-inf")
 
@@ -59,6 +64,11 @@ class PlainDisplay:
             self.last_t = t
             step = event["event"] == "step"
             self._say(step_text(event, self.total, self.planned_bytes) if step else evaluating_text(event))
+        elif event.get("event") == "audit":
+            from vramplan.report.audit import show_audit
+            from vramplan.report.tables import console
+
+            show_audit(console(self.stream, self.width), event)
         else:
             self._say(event_text(event))
 
@@ -112,6 +122,10 @@ class LiveDisplay:
             )
         elif event.get("event") == "eval_progress":
             self.progress.update(self.task, description=evaluating_text(event))
+        elif event.get("event") == "audit":
+            from vramplan.report.audit import show_audit
+
+            show_audit(self.screen, event)
         elif text := event_text(event):
             if event.get("event") == "phase":
                 self.progress.update(self.task, description=text)
@@ -154,6 +168,8 @@ def event_text(event: Event) -> str | None:
         return f"eval: held-out loss {loss:.3f}{beside} at step {event.get('step', '?')}"
     if kind == "warning":
         return one_line(f"warning: {event.get('message', '')}")
+    if isinstance(kind, str) and kind in TEXTS:
+        return one_line(TEXTS[kind](event))
     if kind == "sample":
         return one_line(f"sample: {event.get('text', '')}")
     return None
@@ -166,19 +182,3 @@ def clock(seconds: float) -> str:
     days, hours = divmod(hours, 24)
     text = f"{hours}:{rest // 60:02}:{rest % 60:02}"
     return f"{days} d {text}" if days else text
-
-
-def one_line(text: str) -> str:
-    """Without line breaks and control characters, which a model or a file may well produce."""
-    return " ".join("".join(char if char.isprintable() else " " for char in text).split())
-
-
-def _float(value: Any) -> float | None:
-    from math import isfinite
-
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if is_number and isfinite(value) else None
-
-
-def _int(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None

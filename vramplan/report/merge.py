@@ -6,7 +6,8 @@ import time
 from typing import Any, Protocol, TextIO
 
 from vramplan.core.units import human
-from vramplan.report.live import EVERY_S, clock, one_line
+from vramplan.report.fields import one_line
+from vramplan.report.live import EVERY_S, clock
 
 Event = dict[str, Any]
 

@@ -15,6 +15,7 @@ from vramplan.core.units import human
 from vramplan.report import tables
 from vramplan.report.compare import Pair, compare
 from vramplan.report.rows import Scale, scale_for
+from vramplan.report.survival import survived
 
 
 def show_start(stream: TextIO, ledger: Ledger, text: str, *, width: int | None = None) -> None:
@@ -30,7 +31,8 @@ def show_result(
     """What came out, then prediction beside measurement, then where the adapter is."""
     screen = tables.console(stream, width)
     screen.print()
-    tables.sentence(screen, summary(measurement))
+    for text in (summary(measurement), *survived(ledger, measurement)):
+        tables.sentence(screen, text)
     moments, lines = compare(ledger, measurement)
     if moments or lines:
         screen.print()

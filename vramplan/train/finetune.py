@@ -12,19 +12,26 @@ from typing import Any
 import torch
 import transformers
 
-from vramplan.core.types import RunSpec
-from vramplan.errors import InputError
+from vramplan.core.types import Ledger, RunSpec
+from vramplan.errors import InputError, NotFinite, OutOfMemory
 from vramplan.sources import records
 from vramplan.train import data
-from vramplan.train.card import Card
+from vramplan.train.audit import audit, read_prediction
+from vramplan.train.audit_causes import Loaded, float32_names
+from vramplan.train.card import Card as ModelCard
 from vramplan.train.evaluation import AlreadyDone, EarlyStopping
 from vramplan.train.fast.install import Fused
 from vramplan.train.fused_loss import Head, head_of
+from vramplan.train.guard import Guard
+from vramplan.train.health import Health
 from vramplan.train.load import load_model, load_tokenizer, resolve
 from vramplan.train.lora import add_lora, fuse, prepare
 from vramplan.train.meter import Meter, recorded
 from vramplan.train.outcome import Interrupted, StopSignal
+from vramplan.train.pressure import Card
 from vramplan.train.progress import Progress
+from vramplan.train.rehearsal import Rehearsal
+from vramplan.train.relief import CheckpointRelief, FusedRelief, Relief
 from vramplan.train.reporting import usable_reporters
 from vramplan.train.saving import clean, newest_checkpoint, save_adapter
 from vramplan.train.schedule import check_held_out, check_schedule, seed_everything
@@ -68,7 +75,7 @@ def _finetune(run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progre
     splits = data.build(run, tokenizer, report=progress.report)
     check_held_out(run.schedule, splits.eval)
 
-    model, fused = build_model(run, source, meter, progress)
+    model, fused = build_model(run, source, meter, progress, read_prediction(run_dir))
     _check_vocabulary(model, tokenizer, splits)
     head = head_of(model.get_base_model(), fused is not None) if run.levers.loss == "fused" else None
     optimizer = usable_optimizer(run.levers.optimizer, meter.device, progress)
@@ -88,6 +95,9 @@ def _finetune(run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progre
     patience = EarlyStopping(run.schedule) if run.schedule.early_stopping_patience is not None else None
     if patience is not None:
         trainer.add_callback(patience)
+    watch_over(trainer, run, splits, progress)
+    if checkpoint is not None and trainer.guard is not None:
+        trainer.guard.load(checkpoint)
     if head is not None:
         check_fused_loss(trainer, head, splits.train[0]["input_ids"])
 
@@ -103,7 +113,7 @@ def _finetune(run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progre
     if patience is not None and patience.is_over():
         progress.phase("train", f"stopped early at step {trainer.state.global_step}: the held-out loss does not fall")
     best_step = None if stop.asked else _back_to_the_best(trainer, progress)
-    adapter, card = run_dir / "adapter", Card(run, splits, run_dir, best_step)
+    adapter, card = run_dir / "adapter", ModelCard(run, splits, run_dir, best_step)
     progress.phase("save", f"writing {adapter}")
     so_far = meter.measurement("interrupted" if stop.asked else "finished")
     save_adapter(model, tokenizer, source, card.text(so_far), adapter)
@@ -126,10 +136,13 @@ def _with_reports(run: RunSpec, run_dir: Path) -> RunSpec:
     return replace(run, schedule=replace(s, report_to=reporters, run_name=s.run_name or run_dir.name))
 
 
-def build_model(run: RunSpec, source: str, meter: Meter, progress: Progress) -> tuple[Any, Fused | None]:
-    """The 4-bit model, prepared and wrapped by PEFT, measured after each of the three; and its fused layers."""
+def build_model(
+    run: RunSpec, source: str, meter: Meter, progress: Progress, prediction: Ledger | None = None
+) -> tuple[Any, Fused | None]:
+    """The 4-bit model and its fused layers: prepared and wrapped by PEFT, measured after each, then audited."""
     progress.phase("load", f"loading {run.model} in 4 bits on {meter.device.type}")
-    model = load_model(run, source, meter.device, progress.warning)
+    model = load_model(run, source, meter.device)
+    float32 = float32_names(model)
     meter.phase("loaded")
 
     progress.phase("prepare", f"upcast {run.levers.upcast}, checkpointing {run.levers.checkpointing}")
@@ -142,7 +155,40 @@ def build_model(run: RunSpec, source: str, meter: Meter, progress: Progress) -> 
     meter.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     fused = fuse(model, run.levers, meter.device, progress.warning)
     meter.phase("with_lora")
+    progress.report(audit(Loaded(model, run, meter.device, prediction, float32)))
     return model, fused
+
+
+def watch_over(trainer: QloraTrainer, run: RunSpec, splits: data.Splits, progress: Progress) -> None:
+    """Give the trainer what makes it survive: guard, health, and the rehearsal unless the run leaves it out."""
+    model, meter, fused = trainer.model, trainer.meter, trainer.fused
+    if fused is None:
+        relief: Relief = CheckpointRelief(model.get_base_model(), run.levers, meter.device)
+    else:
+        relief = FusedRelief(fused, run.levers, meter.device)
+
+    def forget() -> None:
+        if fused is not None:
+            fused.forget()
+
+    trainer.guard = Guard(
+        rows=run.micro_batch_size,
+        accumulation=run.accumulation,
+        width=splits.longest,
+        parameters=lambda: trainer.trained,
+        card=Card(meter.device, forget),
+        relief=relief,
+        report=progress.report,
+        meter=meter,
+    )
+
+    def redo(inputs: dict[str, Any]) -> Any:
+        with torch.no_grad(), trainer.accelerator.autocast():
+            return trainer.compute_loss(model, inputs)
+
+    trainer.health = Health(run, model, redo, meter, progress.report)
+    if run.schedule.rehearsal:
+        trainer.add_callback(Rehearsal(trainer, trainer.guard, progress.report, splits.eval))
 
 
 def refuse_what_is_not_built(run: RunSpec) -> None:
@@ -213,6 +259,10 @@ def _train(trainer: QloraTrainer, checkpoint: Path | None, stop: StopSignal) -> 
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except AlreadyDone:
         pass
+    except (OutOfMemory, NotFinite) as error:
+        saved = newest_checkpoint(Path(trainer.args.output_dir), lambda _: None)
+        kept = f"{saved.name} is the last checkpoint" if saved is not None else "no checkpoint had been saved"
+        raise type(error)(f"{error.message}; {kept}", error.hint) from error
     finally:
         stop.training = False
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
 from vramplan.core.types import RunSpec
-from vramplan.core.units import human
 from vramplan.errors import InputError, MissingExtra, VramplanError
 from vramplan.train.outcome import first_line, is_disk_full, is_out_of_memory
 from vramplan.train.random_model import byte_tokenizer, random_model
 from vramplan.train.saving import whole_folder
-
-Warn = Callable[[str], None]
 
 
 # --------------------------------------------------------------------------------------------------- where it is
@@ -77,7 +74,7 @@ def load_tokenizer(run: RunSpec, source: str) -> Any:
 
 
 # ----------------------------------------------------------------------------------------------------- the model
-def load_model(run: RunSpec, source: str, device: torch.device, warn: Warn) -> Any:
+def load_model(run: RunSpec, source: str, device: torch.device) -> Any:
     """The model on `device`: linear layers in NF4, everything else in bf16, nothing trainable yet."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -92,7 +89,6 @@ def load_model(run: RunSpec, source: str, device: torch.device, warn: Warn) -> A
         model = _pretrained(run, source, quantization, device)
     if device.type == "cpu":
         _keep_canonical_packing(model)
-    audit(model, warn)
     return model
 
 
@@ -125,20 +121,6 @@ def _keep_canonical_packing(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-def audit(model: Any, warn: Warn) -> None:
-    """Warn of big weights that stayed unquantised: subclasses of Linear (Falcon) and 3-D expert weights (MoE)."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    expected = {id(p) for m in (head, embedding) if m is not None for p in m.parameters()}
-    names, size = [], 0
-    for name, parameter in model.named_parameters():
-        plain = not isinstance(parameter, bnb.nn.Params4bit)
-        if plain and parameter.dim() >= 2 and id(parameter) not in expected:
-            names.append(name)
-            size += parameter.numel() * parameter.element_size()
-    if size > 16 * 2**20 or (names and not any(isinstance(p, bnb.nn.Params4bit) for p in model.parameters())):
-        warn(f"{len(names)} weights ({human(size)}) could not be quantised and stay {model.dtype}, first {names[0]}")
 
 
 # -------------------------------------------------------------------------------------------------------- errors

@@ -131,6 +131,8 @@ def check_targets(model: nn.Module, targets: list[str]) -> None:
     lost = [t for t in targets if not any(n == t or n.endswith("." + t) for n in names)]
     if lost:
         known = ", ".join(sorted({n.rpartition(".")[2] for n in names}))
+        patterns = any(set(target) & set("*+?[](){}|^$\\") for target in lost)
         raise InputError(
-            f"no linear layer of {type(model).__name__} is called {', '.join(lost)}", f"there are: {known}"
+            f"no linear layer of {type(model).__name__} is called {', '.join(lost)}",
+            f"{'names, not patterns; ' if patterns else ''}there are: {known}",
         )

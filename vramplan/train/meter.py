@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ LABELS = {
     "weights.constants": "quantisation constants",
     "weights.embeddings": "input embedding",
     "weights.lm_head": "output layer",
+    "weights.plain": "Linears, not quantised",
     "weights.experts": "experts, not quantised",
     "weights.other": "norms, biases, buffers",
     "adapter.lora": "LoRA A and B",
@@ -55,6 +58,8 @@ class Meter:
         self.last_loss: float | None = None
         self.eval_loss_before: float | None = None
         self.eval_loss_after: float | None = None
+        self.oom_events = self.skipped_steps = 0
+        self.micro_batch_size: int | None = None  # None: as asked, nothing happened
         self._open: dict[str, int] = {}  # phase -> peak of the step in progress
         self._step: dict[str, int] = {}  # phase -> peak of the last whole step
         self._highest: dict[str, int] = {}  # of the step with the highest point: the longest batch, if lengths differ
@@ -95,6 +100,17 @@ class Meter:
         if max(self._step.values(), default=0) > max(self._highest.values(), default=0):
             self._highest = self._step
         self._reserved = max(self._reserved, self.reserved_bytes() or 0)
+
+    def rehearsed(self) -> int | None:
+        """The rehearsal is over: its peak becomes a phase of its own, and no step's."""
+        peak = max(self._open.values(), default=0)
+        self._open = {}
+        self.phase("rehearsal")
+        if not self.cuda:
+            return None
+        last = self.phases.pop()
+        self.phases.append(replace(last, peak_bytes=max(peak, last.peak_bytes or 0)))
+        return self.phases[-1].peak_bytes
 
     def look(self) -> None:
         """Ask the driver now, while the step's memory is still reserved. Not at every step: it takes milliseconds."""
@@ -140,6 +156,9 @@ class Meter:
             eval_loss_after=self.eval_loss_after,
             lines=self.lines,
             message=message,
+            oom_events=self.oom_events,
+            micro_batch_size=self.micro_batch_size,
+            skipped_steps=self.skipped_steps,
         )
 
     def _step_phases(self) -> Iterator[MeasuredPhase]:
@@ -179,37 +198,43 @@ def count_lines(model: Any, optimizer: Any, device: torch.device) -> tuple[Line,
 
     Gradients count as large as their parameters: after a step they are already freed again.
     """
-    seen: set[int] = set()
     totals: dict[str, tuple[int, int]] = {}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    paged, plain = _state_tensors(optimizer)
+    states = [*(("optimizer.state", t) for t in plain), *(("optimizer.paged", t) for t in paged)]
+    for key, _, counted in distinct(itertools.chain(model_tensors(model), states), device):
+        size, count = totals.get(key, (0, 0))
+        totals[key] = size + counted, count + 1
+    gradients = sum(round_up(p.numel() * p.element_size(), GRANULARITY) for p in trained)
+    totals["adapter.gradients"] = gradients, len(trained)
+    return tuple(_line(key, *totals[key]) for key in LABELS if key in totals)
 
-    def add(key: str, tensors: Iterable[Tensor | None]) -> None:
-        for tensor in tensors:
-            if tensor is None or tensor.device.type != device.type:
-                continue
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() in seen or storage.nbytes() == 0:
-                continue
+
+def distinct(tensors: Iterable[tuple[str, Tensor]], device: torch.device) -> Iterator[tuple[str, Tensor, int]]:
+    """(key, tensor, bytes as the allocator counts them) of what is on `device`, shared storage under its first key."""
+    seen: set[int] = set()
+    for key, tensor in tensors:
+        storage = tensor.untyped_storage()
+        if tensor.device.type == device.type and storage.data_ptr() not in seen and storage.nbytes():
             seen.add(storage.data_ptr())
-            size, count = totals.get(key, (0, 0))
-            totals[key] = size + round_up(storage.nbytes(), GRANULARITY), count + 1
+            yield key, tensor, round_up(storage.nbytes(), GRANULARITY)
 
+
+def model_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """(ledger key, tensor) of everything a model holds; some more than once, the telling key first."""
     for module in model.modules():
         weight: Any = getattr(module, "weight", None)
         if type(weight).__name__ == "Params4bit":
-            add("weights.nf4", [weight])
-            add("weights.constants", _constants(weight.quant_state))
-    add("weights.embeddings", _parameters(model.get_input_embeddings()))
-    add("weights.lm_head", _parameters(model.get_output_embeddings()))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    add("adapter.lora", trained)
-    add("weights.experts", [p for n, p in model.named_parameters() if ".mlp.experts." in n])
-    add("weights.other", model.parameters())
-    add("weights.other", model.buffers())
-    totals["adapter.gradients"] = totals.get("adapter.lora", (0, 0))
-    paged, plain = _state_tensors(optimizer)
-    add("optimizer.state", plain)
-    add("optimizer.paged", paged)
-    return tuple(_line(key, *totals[key]) for key in LABELS if key in totals)
+            yield "weights.nf4", weight
+            yield from (("weights.constants", t) for t in _constants(weight.quant_state) if t is not None)
+    yield from (("weights.embeddings", p) for p in _parameters(model.get_input_embeddings()))
+    yield from (("weights.lm_head", p) for p in _parameters(model.get_output_embeddings()))
+    yield from (("adapter.lora", p) for p in model.parameters() if p.requires_grad)
+    yield from (("weights.experts", p) for n, p in model.named_parameters() if ".mlp.experts." in n)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            yield "weights.plain", module.weight
+    yield from (("weights.other", t) for t in (*model.parameters(), *model.buffers()))
 
 
 def _line(key: str, size: int, count: int) -> Line:

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import errno
+import re
 import signal
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from vramplan.core.units import parse_size
 from vramplan.errors import ENDED_IN_OOM, OUR_ERROR, MissingExtra, VramplanError
 
 INTERRUPTED_EXIT = 130
 TRAIN_MODULES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
-OOM_TEXTS = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed", "cannot allocate memory")
+HOST_TEXTS = ("can't allocate memory", "cannot allocate memory", "defaultcpuallocator: not enough memory")
+OOM_TEXTS = (
+    *HOST_TEXTS,
+    "out of memory",  # torch, CUDA and HIP runtime and driver, Triton, NCCL, cudaMallocAsync
+    "exceed allowed memory",
+    "preemptively rejected",  # torch 2.15, at the cap of set_per_process_memory_fraction
+    "_status_alloc_failed",  # cuBLAS, cuSPARSE, cuSOLVER, cuDNN, hipBLAS
+    "error_out_of_memory",
+    "errormemoryallocation",
+    "erroroutofmemory",
+)
+# A full card, but also a bug: only somebody who can look at the card can tell.
+WEAK_TEXTS = ("cudnn_status_internal_error", "cublas_status_not_initialized")
 OOM_CLASSES = ("OutOfMemoryError", "AcceleratorError", "RuntimeError", "MemoryError")
+_REQUEST = re.compile(r"(?:tried to allocate|requested size:?|requested\s*:)\s*([\d.]+\s*(?:bytes|[kmgt]i?b))", re.I)
 
 
 class Interrupted(BaseException):
@@ -31,7 +47,8 @@ class Outcome:
 def outcome_of(error: BaseException) -> Outcome:
     """What an exception means to the user. The message is one line."""
     if isinstance(error, VramplanError):
-        return Outcome("error", error.exit_code, error.message, error.hint)
+        ended = "oom" if error.exit_code == ENDED_IN_OOM else "error"
+        return Outcome(ended, error.exit_code, error.message, error.hint)
     if isinstance(error, (Interrupted, KeyboardInterrupt)):
         return Outcome("interrupted", INTERRUPTED_EXIT, str(error) or "interrupted", "continue with --resume")
     if is_out_of_memory(error):
@@ -52,12 +69,45 @@ def first_line(error: BaseException, limit: int = 2000) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Told by class name and text: torch may not even be importable where this is asked."""
-    names = {cls.__name__ for cls in type(error).__mro__}
-    if names & {"OutOfMemoryError", "MemoryError"}:
-        return True
+    """Told by class name and text: torch may not even be importable where this is asked.
+
+    An error that was raised from such a one (by a compiler, say) is one too. Triton's OutOfResources is not: a kernel
+    that wants more shared memory than a chip has fails on an empty card as well.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if _names(seen) & {"OutOfMemoryError", "MemoryError"} or _says(seen, OOM_TEXTS):
+            return True
+        seen = seen.__cause__
+    return False
+
+
+def is_host_memory(error: BaseException) -> bool:
+    """Of an out-of-memory error: the computer's memory, not the card's."""
+    return "MemoryError" in _names(error) or _says(error, HOST_TEXTS)
+
+
+def may_be_out_of_memory(error: BaseException) -> bool:
+    """What libraries say when they get no memory, and at other times too: believe it only if the card is full."""
+    return _says(error, WEAK_TEXTS)
+
+
+def requested_bytes(error: BaseException) -> int | None:
+    """The size in "Tried to allocate 2.00 GiB"; None where the message names none."""
+    match = _REQUEST.search(str(error))
+    try:
+        return parse_size(match[1]) if match else None
+    except ValueError:
+        return None
+
+
+def _names(error: BaseException) -> set[str]:
+    return {cls.__name__ for cls in type(error).__mro__}
+
+
+def _says(error: BaseException, texts: Iterable[str]) -> bool:
     text = str(error).lower()
-    return bool(names & set(OOM_CLASSES)) and any(known in text for known in OOM_TEXTS)
+    return bool(_names(error) & set(OOM_CLASSES)) and any(known in text for known in texts)
 
 
 def is_disk_full(error: BaseException) -> bool:

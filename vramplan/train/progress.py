@@ -18,6 +18,11 @@ class Progress:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if path.is_file() and path.stat().st_size:  # a run that was killed may have left half a line
+            with path.open("rb+") as file:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
 
     def __call__(self, event: str, **fields: Any) -> None:
         self.report({"event": event, **fields})

@@ -60,6 +60,10 @@ class Window:
     def add_tokens(self, tokens: Tensor) -> None:
         self.open_tokens = self.open_tokens + tokens
 
+    def forget(self) -> None:
+        """The step in progress counts for nothing."""
+        self.open_tokens = 0
+
     def end_step(self) -> None:
         self.steps += 1
         self.tokens, self.open_tokens = self.tokens + self.open_tokens, 0

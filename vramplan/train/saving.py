@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vramplan.errors import VramplanError
+from vramplan.errors import DiskFull
 from vramplan.train.outcome import is_disk_full
 
 TEMPORARY, REPLACED = ".tmp-", ".old-"  # prefixes of folders in the making, and of those about to be deleted
@@ -21,20 +22,56 @@ PARTS = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "sc
 def whole_folder(target: Path, hint: str = "free some space, then train again with --resume") -> Iterator[Path]:
     """Yields an empty folder beside `target` to write into, and renames it to `target` at the end.
 
-    On any error nothing is left behind and `target` is as before. A full disk is a VramplanError that says so, with
-    `hint`.
+    On any error nothing is left behind and `target` is as before; a full disk is DiskFull, with `hint`. The files are
+    on the disk before the name is: not even a power cut leaves a folder that only looks whole.
     """
     temporary = target.with_name(TEMPORARY + target.name)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        _sync(temporary)
         _swap(temporary, target)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if is_disk_full(error) or (isinstance(error, Exception) and _no_space(target.parent)):
-            raise VramplanError(f"the disk is full: {target} could not be saved", hint) from error
+            raise DiskFull(f"the disk is full: {target} could not be saved", hint) from error
         raise
+
+
+def save_checkpoint(target: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill the folder `target`, whole or not at all.
+
+    Where the disk is full, all older checkpoints but the newest make room, and it is tried once more.
+    """
+    try:
+        with whole_folder(target) as temporary:
+            write(temporary)
+        return
+    except DiskFull:
+        if not _make_room(target.parent):
+            raise
+    with whole_folder(target) as temporary:
+        write(temporary)
+
+
+def _make_room(folder: Path) -> bool:
+    newest = newest_checkpoint(folder, lambda _: None)
+    older = [path for path in folder.glob("checkpoint-*") if path != newest]
+    for path in older if newest is not None else ():
+        shutil.rmtree(path, ignore_errors=True)
+    return newest is not None and bool(older)
+
+
+def _sync(folder: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    for path in (*folder.rglob("*"), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _swap(temporary: Path, target: Path) -> None:

@@ -1,4 +1,5 @@
-"""`transformers.Trainer` with three changes: fused loss, events instead of logs, checkpoints whole or not at all."""
+"""`transformers.Trainer` with these changes: fused loss, events instead of logs, checkpoints whole or not at all, and
+steps that survive a lack of memory (`guard.py`) and leave out gradients that are not finite (`health.py`)."""
 
 from __future__ import annotations
 
@@ -19,12 +20,17 @@ from vramplan.errors import InputError
 from vramplan.train.evaluation import AlreadyDone, Evaluating, EvaluationStopped, perplexity
 from vramplan.train.fast.install import Fused
 from vramplan.train.fused_loss import Head, decoder_of, fused_cross_entropy, labelled_rows
+from vramplan.train.guard import Guard
+from vramplan.train.health import Health
 from vramplan.train.meter import Meter, count_lines
 from vramplan.train.outcome import StopSignal, first_line
 from vramplan.train.progress import Progress
 from vramplan.train.reporting import Window
-from vramplan.train.saving import whole_folder
+from vramplan.train.resume import state_where_it_belongs
+from vramplan.train.safe_step import SafeStep, guard_steps
+from vramplan.train.saving import save_checkpoint
 from vramplan.train.schedule import schedule_arguments
+from vramplan.train.splitting import labelled_in
 
 EVALUATION_NEWS_S = 1.0  # between two events of an evaluation's progress
 
@@ -71,7 +77,11 @@ def usable_optimizer(name: str, device: torch.device, progress: Progress) -> str
 
 
 class QloraTrainer(Evaluating):
-    """`head` None: the stock loss with full logits. Else the decoder runs alone and the fused loss takes over."""
+    """`head` None: the stock loss with full logits. Else the decoder runs alone and the fused loss takes over.
+
+    Without a guard lack of memory ends the training; without health nothing is looked after. They are set before
+    `train`, since they need the trainer.
+    """
 
     def __init__(self, *, head: Head | None, meter: Meter, fused: Fused | None = None, **keywords: Any) -> None:
         super().__init__(**keywords)
@@ -81,6 +91,10 @@ class QloraTrainer(Evaluating):
         self.meter = meter
         self.window = Window(meter)
         self.watch_evaluation: Callable[[int, int], None] = lambda done, total: None
+        self.guard: Guard | None = None
+        self.health: Health | None = None
+        self.safe_step: SafeStep | None = None
+        self._share = 1.0  # what a piece of a micro-batch has of its labelled tokens, where losses are means
         if head is not None:
             self.model_accepts_loss_kwargs = True  # ours divides by num_items_in_batch whatever the model does
             self._loss_shifts_labels = True
@@ -101,6 +115,10 @@ class QloraTrainer(Evaluating):
             result = (loss, {"loss": loss}) if return_outputs else loss
         if model.training:
             self.meter.close("forward")
+            if self.guard is not None:
+                self.guard.gradients.ready()
+            if self._share != 1.0:
+                result = result * self._share
         return result
 
     def fused_loss(self, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
@@ -110,40 +128,86 @@ class QloraTrainer(Evaluating):
             return fused_loss(causal_lm, self.head, inputs, num_items)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        inputs = self._prepare_inputs(inputs)
+        means = num_items_in_batch is None or not self.model_accepts_loss_kwargs
+
+        def play(piece: dict[str, Any]) -> Tensor:
+            self._share = labelled_in(piece) / max(labelled_in(inputs), 1) if means and piece is not inputs else 1.0
+            if not self._share:  # a mean over nothing is no number
+                return torch.zeros((), device=self.args.device)
+            return self._micro_step(model, piece, num_items_in_batch)
+
+        guard = self.guard
+        loss = play(inputs) if guard is None else guard.micro_step(inputs, play, self.state.global_step + 1)
+        if self.health is not None:
+            self.health.micro_step(inputs, loss)
+        return loss
+
+    def _micro_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         self.meter.open()
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.meter.close("backward")
         return loss
 
     def evaluation_loss(self, dataset: Any) -> float:
         """Mean loss over all labelled tokens of a data set, each token counting the same."""
         total, count = 0.0, 0
-        self.model.eval()
         own = torch.Generator()  # a loader draws a number as it starts: not from the one that training draws from
         size = self.args.eval_batch_size
         loader = DataLoader(dataset, batch_size=size, collate_fn=self.data_collator, generator=own)
-        with torch.no_grad(), self.accelerator.autocast():
-            for done, batch in enumerate(loader):
-                self.watch_evaluation(done, len(loader))
-                inputs = self._prepare_inputs(batch)
-                labelled = int((inputs["labels"][:, 1:] != -100).sum())
-                loss = self.compute_loss(self.model, inputs, num_items_in_batch=torch.tensor(max(labelled, 1)))
-                total, count = total + float(loss) * labelled, count + labelled
+        for done, batch in enumerate(loader):
+            self.watch_evaluation(done, len(loader))
+            loss, labelled = self.evaluate_batch(batch)
+            total, count = total + loss, count + labelled
         return total / count if count else float("nan")
 
-    # ----------------------------------------------------------------------------------------------- optimizer
+    def evaluate_batch(self, batch: dict[str, Any]) -> tuple[float, int]:
+        """(sum of the losses, labelled tokens) of one batch."""
+        inputs = self._prepare_inputs(batch)
+        self.model.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            if self.guard is None:
+                return self._evaluate_piece(inputs)
+            pieces = self.guard.evaluate(inputs, self._evaluate_piece, self.state.global_step)
+        return sum(loss for loss, _ in pieces), sum(labelled for _, labelled in pieces)
+
+    def _evaluate_piece(self, inputs: dict[str, Any]) -> tuple[float, int]:
+        labelled = labelled_in(inputs)
+        loss = self.compute_loss(self.model, inputs, num_items_in_batch=torch.tensor(max(labelled, 1)))
+        return float(loss) * labelled, labelled
+
+    # --------------------------------------------------------------------------------------------- optimizer step
     def create_optimizer(self, model: Any = None) -> Any:
         """As transformers', on what is really trained: of a fused layer its one flat tensor."""
         if self.optimizer is None:
             cls, keywords = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             group = {"params": self.trained, "weight_decay": self.args.weight_decay}
             self.optimizer: Any = cls([group], **keywords)
-            # Trainer clears the gradients of the model's parameters, of which the flat ones are none.
-            self.optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad(set_to_none=True))
+            if self.guard is not None:
+                self.safe_step = guard_steps(self.optimizer, self.guard, lambda: self.state.global_step + 1)
         return self.optimizer
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with state_where_it_belongs(self.optimizer.optimizer):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def _clip_grad_norm(self, model: Any) -> Any:
-        return self.accelerator.clip_grad_norm_(self.trained, self.args.max_grad_norm)
+        return self._clip(self.args.max_grad_norm)
+
+    def _clip(self, most: float) -> Any:
+        """The gradients' norm, of at most `most` from now on."""
+
+        def clip() -> Any:
+            return self.accelerator.clip_grad_norm_(self.trained, most)
+
+        return clip() if self.guard is None else self.guard.once_more(clip, "optimizer", self.state.global_step + 1)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, self._clip(float("inf")) if grad_norm is None else grad_norm)
+        if self.health is not None and self.safe_step is not None:
+            step, rate = self.state.global_step + 1, self._get_learning_rate()
+            self.safe_step.drop_next = self.health.must_drop(norm, step, rate)
+        return norm
 
     # ------------------------------------------------------------------------------------------------ counting
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
@@ -158,17 +222,33 @@ class QloraTrainer(Evaluating):
             logs |= self.window.close()
         super().log(logs)
 
+    def clear_gradients(self) -> None:
+        """Of what is trained: Trainer clears those of the model's parameters, of which flat tensors are none."""
+        for parameter in self.trained:
+            parameter.grad = None
+
+    def forget_step(self) -> None:
+        """What was played so far counts for no step."""
+        self.clear_gradients()
+        self.window.forget()
+        if self.health is not None:
+            self.health.forget()
+
     # -------------------------------------------------------------------------------------------------- saving
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self.args.output_dir)
         self.state.num_input_tokens_seen = self.window.tokens_seen()
-        with whole_folder(folder / f"checkpoint-{self.state.global_step}") as temporary:
-            self._save(str(temporary))
-            self._save_optimizer_and_scheduler(str(temporary))
-            self._save_rng_state(str(temporary))
-            self.state.save_to_json(str(temporary / "trainer_state.json"))
+        save_checkpoint(folder / f"checkpoint-{self.state.global_step}", self._write_checkpoint)
         best = self.best_checkpoint()
         rotate_checkpoints(str(folder), self.args.save_total_limit, None if best is None else str(best))
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        self._save(str(folder))
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_rng_state(str(folder))
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+        if self.guard is not None:
+            self.guard.save(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         self.model.save_pretrained(output_dir, save_embedding_layers=False)
@@ -219,6 +299,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.meter.close("optimizer")
+        self.trainer.clear_gradients()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._stop_if_asked(state, control)
@@ -228,6 +309,10 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         meter.end_step()
         meter.steps = state.global_step
         self.trainer.window.end_step()
+        if self.trainer.guard is not None:
+            self.trainer.guard.end_step(state.global_step)
+        if self.trainer.health is not None and self.trainer.health.in_a_row:
+            control.should_save = False  # the checkpoint before it stays the newest
         self.done += 1
         if self.done == 1:
             meter.lines = count_lines(self.trainer.model, optimizer, meter.device)
@@ -255,7 +340,9 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         if abs(loss) < float("inf"):
             meter.first_loss = loss if meter.first_loss is None else meter.first_loss
             meter.last_loss = loss
-        else:
+        if self.trainer.health is not None:
+            self.trainer.health.loss(loss, state.global_step)
+        elif not abs(loss) < float("inf"):
             self.progress.warning(f"the loss of step {state.global_step} is {loss}: lower the learning rate")
         left = max(state.max_steps - state.global_step, 0)
         self.progress(

@@ -28,10 +28,18 @@ class Checkpoints:
         self, device: torch.device, offload: bool, skipped: Sequence[Mlp | None], stochastic: bool = False
     ) -> None:
         self.stochastic = stochastic  # some module draws random numbers: a recomputation must draw the same
-        self.host = HostInputs(device) if offload and device.type == "cuda" else None
+        self.device = device
+        self.host: HostInputs | None = None
+        if offload:
+            self.offload()
         self.skipped = skipped
         self.dtype = torch.bfloat16
         self.device_type = device.type
+
+    def offload(self) -> None:
+        """From the next forward on, inputs wait in host memory; on a CPU they are there already."""
+        if self.device.type == "cuda" and self.host is None:
+            self.host = HostInputs(self.device)
 
     def function(self, index: int, anchor: Tensor | None) -> Callable[..., Any]:
         """What transformers' `GradientCheckpointingLayer` calls as its `_gradient_checkpointing_func`."""
@@ -41,6 +49,7 @@ class Checkpoints:
                 return layer(x)
             return _Checkpoint.apply(x, anchor, layer, index, self)
 
+        checkpoint.needs_no_input_gradient = True  # type: ignore[attr-defined]  # the adapter's is enough
         return checkpoint
 
     def random_state(self) -> tuple[Tensor, ...]:

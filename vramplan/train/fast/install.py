@@ -31,6 +31,7 @@ TOGETHER = ("q_proj", "k_proj", "v_proj")  # Linears that attention calls with t
 class Fused:
     """What was installed. `parameters` are what the optimizer steps in the place of PEFT's own."""
 
+    layers: nn.ModuleList
     parameters: list[nn.Parameter] = field(default_factory=list)
     checkpoints: Checkpoints | None = None
     shared: list[SharedInput] = field(default_factory=list)
@@ -44,6 +45,16 @@ class Fused:
             shared.forget()
         if self.checkpoints is not None:
             self.checkpoints.forget()
+
+    def checkpoint_all(self) -> None:
+        """From now on every layer keeps only its input."""
+        for layer in self.layers:
+            layer.gradient_checkpointing = True
+
+    def offload(self) -> None:
+        """From now on the checkpoints wait in host memory."""
+        assert self.checkpoints is not None
+        self.checkpoints.offload()
 
     @contextmanager
     def stock(self) -> Iterator[None]:
@@ -121,7 +132,7 @@ def install(model: Any, levers: Levers, device: torch.device, skips_last: bool, 
     """
     layers = decoder_layers(model)
     assert layers is not None
-    fused = Fused()
+    fused = Fused(layers)
     norms: dict[Any, norm.Norm | None] = {}
     activations: dict[Any, str | None] = {}
     mlps: list[Mlp | None] = []
