@@ -45,9 +45,10 @@ ROOMS = {
         ours=("vramplan.core", "vramplan.errors", "vramplan.report"), third_party=frozenset({"rich"})
     ),
     "launch": Room(ours=("vramplan.core", "vramplan.sources", "vramplan.errors", "vramplan.launch")),
-    # trace plays what train does: the fused loss is the trainer's own
+    # trace plays what train does: the fused loss and the attention of packed rows are the trainer's own
     "trace": Room(
-        ours=(*WITH_TORCH, "vramplan.trace", "vramplan.train.fused_loss"), third_party=frozenset(TORCH_STACK)
+        ours=(*WITH_TORCH, "vramplan.trace", "vramplan.train.fused_loss", "vramplan.train.varlen"),
+        third_party=frozenset(TORCH_STACK),
     ),
     "train": Room(ours=(*WITH_TORCH, "vramplan.train"), third_party=frozenset(TORCH_STACK)),
     "cli": Room(

@@ -203,6 +203,7 @@ def command(run: RunSpec) -> str:
     words += _lever_flags(run.levers, RECIPES[recipe])
     words += [] if run.double_quant else ["--no-double-quant"]
     words += ["--padding"] if run.padding else []
+    words += ["--packing"] if run.packing else []
     words += ["--model-path", run.model_path] if run.model_path and not run.random_weights else []
     words += ["--trust-remote-code"] if run.trust_remote_code else []
     words += ["--random-weights"] if run.random_weights else []

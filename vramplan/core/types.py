@@ -208,6 +208,7 @@ class RunSpec(Value):
     levers: Levers = field(default_factory=Levers)
     driver: str = "trainer"
     padding: bool = False  # batches hold padding, so that attention needs a mask
+    packing: bool = False  # rows of exactly seq_len tokens hold several documents, which do not see each other
     trust_remote_code: bool = False
     random_weights: bool = False  # build the model from its config alone: memory and speed, no language
     data: DataSpec | None = None
