@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Protocol, TextIO
 
 from vramplan.core.units import human
+from vramplan.report.data import progress_text, show_sample, summary_text
 
 Event = dict[str, Any]
 EVERY_S = 10.0  # between plain lines
@@ -31,14 +32,14 @@ def make_display(stream: TextIO, planned_bytes: int, *, width: int | None = None
         screen = console(stream, width)
         if not screen.is_dumb_terminal:
             return LiveDisplay(screen, planned_bytes)
-    return PlainDisplay(stream, planned_bytes)
+    return PlainDisplay(stream, planned_bytes, width)
 
 
 class PlainDisplay:
     """One line per phase, and one per `EVERY_S` seconds of steps; the first and the last step always."""
 
-    def __init__(self, stream: TextIO, planned_bytes: int) -> None:
-        self.stream, self.planned_bytes = stream, planned_bytes
+    def __init__(self, stream: TextIO, planned_bytes: int, width: int | None = None) -> None:
+        self.stream, self.planned_bytes, self.width = stream, planned_bytes, width
         self.total: int | None = None
         self.last_t = float("-inf")
 
@@ -58,6 +59,10 @@ class PlainDisplay:
                 return
             self.last_t = t
             self._say(step_text(event, self.total, self.planned_bytes))
+        elif event.get("event") == "sample_row":
+            from vramplan.report.tables import console
+
+            show_sample(console(self.stream, self.width), event)
         else:
             self._say(event_text(event))
 
@@ -109,6 +114,8 @@ class LiveDisplay:
                 completed=_int(event.get("step")) or 0,
                 description=step_text(event, self.total, self.planned_bytes),
             )
+        elif event.get("event") == "sample_row":
+            show_sample(self.progress.console, event)
         elif text := event_text(event):
             if event.get("event") == "phase":
                 self.progress.update(self.task, description=text)
@@ -145,6 +152,11 @@ def event_text(event: Event) -> str | None:
         return f"eval: held-out loss {loss:.3f} at step {event.get('step', '?')}"
     if kind == "warning":
         return one_line(f"warning: {event.get('message', '')}")
+    if kind == "data":
+        return summary_text(event)
+    if kind == "progress":
+        left = _float(event.get("eta_s"))
+        return progress_text(event, None if left is None else clock(left))
     if kind == "sample":
         return one_line(f"sample: {event.get('text', '')}")
     return None

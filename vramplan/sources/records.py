@@ -24,7 +24,9 @@ from vramplan.core.types import (
     BASES,
     LOSSES,
     OPTIMIZERS,
+    SAMPLINGS,
     SCHEMA_VERSION,
+    TRUNCATIONS,
     UPCASTS,
     VERDICTS,
 )
@@ -43,6 +45,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "attention": ATTENTIONS,
     "allocator": ALLOCATORS,
     "optimizer": OPTIMIZERS,
+    "truncation": TRUNCATIONS,
+    "train_sampling_strategy": SAMPLINGS,
     "verdict": VERDICTS,
     "basis": BASES,
     "usable_basis": BASES,
