@@ -196,9 +196,7 @@ def data_spec(params: Params) -> DataSpec:
     if not params["data"]:
         raise InputError("--data is missing", "--data FILE (JSONL, Parquet, CSV or text) or a data set's name")
     if params["eval_fraction"] and (params["eval_path"] or params["eval_split"]):
-        raise InputError(
-            "--eval-fraction and --eval-data or --eval-split exclude each other", "held out is one of them"
-        )
+        raise InputError("--eval-fraction excludes --eval-data and --eval-split", "say once what is held out")
     fields = {name: params[name] for name in DataSpec.__dataclass_fields__ if name in params}
     fields["path"] = data_path(params["data"], "--data")
     if params["eval_path"]:

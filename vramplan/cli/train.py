@@ -14,9 +14,9 @@ from vramplan.core.types import Ledger, ModelSpec, Plan, RunSpec, Schedule
 from vramplan.errors import DoesNotFit, InputError, VramplanError
 
 SHAPING = (  # what a plan has settled
-    "batch_size", "accumulation", "effective_batch_size", "seq_len", "recipe", "double_quant", "padding", "packing", "lora_r",
-    "lora_alpha", "lora_targets", "lora_dropout", "upcast", "loss", "checkpointing", "gradient_checkpointing",
-    "checkpoint_offload", "optim", "attn", "allocator",
+    "batch_size", "accumulation", "effective_batch_size", "seq_len", "recipe", "double_quant", "padding", "packing",
+    "lora_r", "lora_alpha", "lora_targets", "lora_dropout", "upcast", "loss", "checkpointing",
+    "gradient_checkpointing", "checkpoint_offload", "optim", "attn", "allocator",
 )  # fmt: skip
 
 DATA_FLAGS = (

@@ -98,8 +98,9 @@ def show_sample(screen: Console, event: Event) -> None:
     for index, document in enumerate(documents, start=1):
         if len(documents) > 1:
             source = _Numbers(document)
-            text = f"document {index}, {event.get('unit', 'row')} {source.count('source')}: {source.count('tokens')} tokens"
-            screen.print(Text(f"  {_rule(screen)} {text}{_cut(source)}", style="dim"))
+            place = f"document {index}, {event.get('unit', 'row')} {source.count('source')}"
+            text = f"  {_rule(screen)} {place}: {source.count('tokens')} tokens{_cut(source)}"
+            screen.print(Text(text, style="dim"))
         screen.print(Padding(_body(screen, shortened(list(pieces(document)))), (0, 0, 0, 2)))
 
 
