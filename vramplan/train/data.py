@@ -8,8 +8,10 @@ folder (`cache.py`). `Collator` makes the batches.
 from __future__ import annotations
 
 import json
+import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
@@ -70,13 +72,30 @@ def build(run: RunSpec, tokenizer: Any, *, report: Report, run_dir: Path | None 
     kept = sources is not None
     if sources is None:
         template = tokenizer.chat_template
-        sources = [Ingest(each, run.seq_len, tokenizer, report).read(Rows(each)) for each in _specs(data)]
+        with _on_all_cores():
+            sources = [Ingest(each, run.seq_len, tokenizer, report).read(Rows(each)) for each in _specs(data)]
         if run_dir is not None and stored is not None:
             cache.save(stored, mark, sources, tokenizer.chat_template != template, report)
             _write_skipped(run_dir / SKIPPED, sources)
     splits = _splits(run, data, sources)
     report({"event": "data", "cached": kept, **summary(run, sources, splits.train, splits.eval)})
     return splits
+
+
+@contextmanager
+def _on_all_cores() -> Iterator[None]:
+    """Let the tokenizer use all cores while rows are read: for the rest of the run it is told not to, because a process
+    that forks would then complain."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _check(data: DataSpec, seq_len: int) -> None:

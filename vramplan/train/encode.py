@@ -18,7 +18,7 @@ from vramplan.core.types import DataSpec
 from vramplan.errors import InputError
 from vramplan.train import chat
 from vramplan.train.chat import Rendered, Span
-from vramplan.train.kinds import ASSISTANT, BadRow, Conversation, conversation, is_conversation
+from vramplan.train.kinds import ASSISTANT, BadRow, Conversation, conversation
 from vramplan.train.store import IGNORED
 
 NO_TEMPLATE = 'the tokenizer has no chat template: "### User:", "### Assistant:" headings are used and saved with it'
@@ -52,9 +52,13 @@ def encoder(kind: str, tokenizer: Any, data: DataSpec, warn: Callable[[str], Non
         return lambda rows: _texts(rows, tokenizer, data.text_column)
 
     def prompts(rows: Sequence[Row]) -> list[Result]:
-        if any(is_conversation(kind, row) for row in rows):
-            return talks.encode(_each(rows, lambda row: conversation(kind, row)))
-        return _prompts(rows, tokenizer, data.completion_only_loss)
+        """Prompts that are messages go through the template, those that are text do not."""
+        said = [isinstance(row.get("prompt"), list) for row in rows]
+        talking = [row for row, is_talk in zip(rows, said, strict=True) if is_talk]
+        plain = [row for row, is_talk in zip(rows, said, strict=True) if not is_talk]
+        made = iter(talks.encode(_each(talking, lambda row: conversation(kind, row))) if talking else ())
+        others = iter(_prompts(plain, tokenizer, data.completion_only_loss))
+        return [next(made if is_talk else others) for is_talk in said]
 
     return prompts
 
@@ -235,6 +239,8 @@ def inside(offsets: Sequence[Span], spans: Sequence[Span]) -> bytearray:
     """For each token whether one of its characters lies in a span. Tokens are in the order of the text."""
     flags = bytearray(len(offsets))
     for start, end in spans:
+        if start >= end:
+            continue
         first = bisect_right(offsets, start, key=lambda offset: offset[1])
         after = bisect_left(offsets, end, key=lambda offset: offset[0])
         flags[first:after] = b"\1" * max(after - first, 0)

@@ -107,13 +107,6 @@ def _hint(row: dict[str, Any], data: DataSpec, found: list[str]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ as messages
-def is_conversation(kind: str, row: dict[str, Any]) -> bool:
-    """Whether rows of this kind go through the chat template: prompt and completion do if they are messages."""
-    if kind == "prompt_completion":
-        return not isinstance(row.get("prompt"), str) or not isinstance(row.get("completion"), str)
-    return kind in ("messages", "sharegpt", "alpaca")
-
-
 def conversation(kind: str, row: dict[str, Any]) -> Conversation:
     """The row as messages. BadRow for one that is none, or that leaves nothing to learn."""
     if kind == "alpaca":
