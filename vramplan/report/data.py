@@ -82,11 +82,12 @@ class _Numbers:
 
 # ----------------------------------------------------------------------------------------------------- the rows
 class Piece(NamedTuple):
-    """A stretch of text, all of it learned or not."""
+    """A stretch of text, all of it learned or not; `ours` says what is left out."""
 
     text: str
     learned: bool = False
     special: bool = False
+    ours: bool = False
 
 
 def show_sample(screen: Console, event: Event) -> None:
@@ -113,7 +114,7 @@ def _heading(event: Event, number: _Numbers, documents: list[Event], ascii_only:
     text = f"row {number.count('number')} of {number.count('of')}"
     if len(documents) == 1:
         text += f" ({event.get('unit', 'row')} {_Numbers(documents[0]).count('source')})"
-    text += f": {number.count('tokens')} tokens, {number.count('learned_tokens')} learned {opening}so{closing}"
+    text += f": {number.count('tokens')} tokens, {number.count('learned_tokens')} learned, marked {opening}so{closing}"
     if len(documents) == 1:
         text += _cut(_Numbers(documents[0]))
     return text + (f", {number.count('padding')} padding" if number.int("padding") else "")
@@ -131,7 +132,7 @@ def pieces(document: Event) -> Iterator[Piece]:
         if len(segment) == 3 and isinstance(segment[0], str):
             yield Piece(printable(segment[0]), bool(segment[1]), bool(segment[2]))
         elif len(segment) == 1 and isinstance(segment[0], int):
-            yield Piece(f"\n… {segment[0]:,} tokens left out …\n")
+            yield Piece(f"\n… {segment[0]:,} tokens left out …\n", ours=True)
 
 
 def shortened(text: list[Piece], most: int = MAX_SHOWN) -> list[Piece]:
@@ -143,7 +144,7 @@ def shortened(text: list[Piece], most: int = MAX_SHOWN) -> list[Piece]:
     start = list(_first(text, head))
     reverse = [piece._replace(text=piece.text[::-1]) for piece in reversed(text)]
     end = [piece._replace(text=piece.text[::-1]) for piece in _first(reverse, tail)]
-    return [*start, Piece(f"\n… {length - most:,} characters left out …\n"), *reversed(end)]
+    return [*start, Piece(f"\n… {length - most:,} characters left out …\n", ours=True), *reversed(end)]
 
 
 def _first(text: list[Piece], count: int) -> Iterator[Piece]:
@@ -176,9 +177,10 @@ def _body(screen: Console, text: list[Piece]) -> Text:
         if piece.learned != learning:
             body.append(opening if piece.learned else closing, style=LEARNED)
             learning = piece.learned
-        shown = piece.text if ascii_only else piece.text.replace("\n", "↵\n")
+        shown = piece.text if ascii_only or piece.ours else piece.text.replace("\n", "↵\n")
         if ascii_only:
-            shown = shown.encode("ascii", "backslashreplace").decode()
-        body.append(shown, style=LEARNED if piece.learned else SPECIAL if piece.special else "")
+            shown = shown.replace("…", "...").encode("ascii", "backslashreplace").decode()
+        style = LEARNED if piece.learned else SPECIAL if piece.special else "dim" if piece.ours else ""
+        body.append(shown, style=style)
     body.rstrip()
     return body
