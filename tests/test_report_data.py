@@ -43,8 +43,9 @@ PACKED = {
     "event": "sample_row", "number": 2, "of": 94, "unit": "row", "tokens": 241, "learned_tokens": 98, "padding": 15,
     "documents": [
         {"source": 1031, "tokens": 118, "cut": 0, "segments": CHAT},
-        {"source": 7, "tokens": 123, "cut": 901, "segments": [["<s>", False, True], ["Ünter 中文\ttab", True, False], [8192],
-                                                             ["and\x1b[31m on\u202e.", True, False]]},
+        {"source": 7, "tokens": 123, "cut": 901, "segments": [
+            ["<s>", False, True], ["Ünter 中文\ttab", True, False], [8192], ["and\x1b[31m on\u202e.", True, False],
+        ]},
     ],
 }  # fmt: skip
 SUMMARY = {
