@@ -57,6 +57,15 @@ def test_packing_arrives_and_is_settled_by_a_plan(cli: Cli, rooms: Rooms, data: 
     assert result.code == 2 and result.error == "error: --packing is settled by plan.json"
 
 
+def test_all_cards_are_those_that_can_pack(cli: Cli, rooms: Rooms) -> None:
+    result = cli("estimate", "llama-2-7b", "--packing", "--gpu", "all", "--json")
+    assert result.code == 0
+    names = {gpu["gpu"] for gpu in json.loads(result.out)["gpus"]}
+    assert "rtx-4090" in names and "t4" not in names
+    assert "packing needs compute capability 8.0: " in result.err and "t4" in result.err
+    assert '"t4"' in cli("estimate", "llama-2-7b", "--gpu", "all", "--json").out
+
+
 def test_a_held_out_file_is_looked_at_and_absolute(cli: Cli, rooms: Rooms, data: Path) -> None:
     (data.parent / "e.jsonl").write_text('{"text": "b"}\n')
     assert cli("train", "llama-2-7b", "--data", "d.jsonl", "--eval-data", "e.jsonl").code == 0

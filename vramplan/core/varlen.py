@@ -15,6 +15,7 @@ from .units import round_up
 
 BLOCK = 128  # rows that the kernel keeps free between two documents
 TOKENS_PER_DOCUMENT = 32
+CAPABILITY = (8, 0)  # of a card that runs the kernel
 NOT_TOLD = ("falcon", "stablelm")  # their attention is given no more than q, k, v and a mask
 
 
@@ -39,11 +40,9 @@ def refuse_unpackable(spec: ModelSpec, run: RunSpec, capability: tuple[int, int]
         raise Unplannable(
             f"heads of {spec.head_dim} channels do not fit the kernel for packed rows", "leave out --packing"
         )
-    if capability < (8, 0):
-        raise Unplannable(
-            f"packing needs a card of compute capability 8.0 or newer, not {capability[0]}.{capability[1]}",
-            "leave out --packing",
-        )
+    if capability < CAPABILITY:
+        needed, found = (".".join(map(str, each)) for each in (CAPABILITY, capability))
+        raise Unplannable(f"packing needs compute capability {needed} or newer, not {found}", "leave out --packing")
 
 
 def borders(tape: Tape, run: RunSpec) -> list[Tensor]:
