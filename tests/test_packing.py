@@ -190,6 +190,20 @@ def test_long_rows_are_cut_left_out_or_refused(tmp_path: Path, tokenizer: Any) -
         read(write_jsonl(path, values[1:]), tokenizer, seq_len=16, truncation="drop")
 
 
+def test_long_text_can_be_split(tmp_path: Path, tokenizer: Any) -> None:
+    text = "and so on " * 40
+    ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    told: list[dict[str, Any]] = []
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "Short."}, {"text": text}])
+    splits = read(path, tokenizer, told, seq_len=len(ids) // 3, truncation="split")
+    parts = [splits.train[index]["input_ids"] for index in range(1, len(splits.train))]
+    assert [token for part in parts for token in part] == ids[: sum(map(len, parts))]
+    assert len(ids) - sum(map(len, parts)) <= 1  # a last token alone has nothing to learn
+    assert (told[-1]["split"], told[-1]["truncated"], told[-1]["tokens_lost"]) == (1, 0, 0)
+    assert list(splits.train.store.sources) == [1] + [2] * len(parts)
+    assert splits.skipped == 0 and not any(event["event"] == "warning" for event in told)
+
+
 def test_held_out_rows_of_their_own(tmp_path: Path, tokenizer: Any) -> None:
     train = write_jsonl(tmp_path / "train.jsonl", texts(5))
     held_out = write_jsonl(tmp_path / "test.jsonl", [{"prompt": "Who?", "completion": " Anne."}])

@@ -123,6 +123,9 @@ def test_the_counts_in_words() -> None:
     assert single is not None and single.endswith("longest 2,048")
     packed = event_text({**SUMMARY, "packed_rows": 1210, "padding": 0.021})
     assert packed is not None and packed.endswith("packed into 1,210 rows of 2,048, 2% padding")
+    assert "11,399 to train on, 600 held out, 4 left out, 7 split in parts\n" in str(
+        event_text({**SUMMARY, "truncated": 0, "split": 7})
+    )
     assert str(event_text({**SUMMARY, "cached": True})).startswith("data: tokens of the run so far: 12,003")
 
 

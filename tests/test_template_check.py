@@ -70,6 +70,7 @@ def test_thoughts_are_learned_where_the_template_keeps_them(tmp_path: Path, toke
 MARKS_ALL = "{% generation %}" + PLAIN_TEMPLATE + "{% endgeneration %}"
 
 
+MARKS_NOTHING = "{% if false %}{% generation %}{% endgeneration %}{% endif %}" + PLAIN_TEMPLATE
 WITHOUT_FIRST_WORD = MARKED.replace("message['content']", "message['content'].split(' ', 1)[-1]")
 
 
@@ -77,6 +78,7 @@ WITHOUT_FIRST_WORD = MARKED.replace("message['content']", "message['content'].sp
     ("template", "words"),
     [
         (MARKS_ALL, r"line 1: the chat template makes the model learn what the user says \(message 1, «Who was he"),
+        (MARKS_NOTHING, "does not teach what the assistant says: message 2 is «A sailor.», but learned is «»"),
         (WITHOUT_FIRST_WORD, "does not teach what the assistant says: message 2 is «A sailor.», but learned is «sail"),
     ],
 )

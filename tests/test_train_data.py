@@ -223,6 +223,9 @@ def test_a_data_set_by_name(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.
     asked: list[tuple[str | None, ...]] = []
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert read("someone/something", tokenizer, split="test[:10%]").examples == 3
+    whole = rows.Rows(DataSpec(path="x/y"))
+    assert [(whole.share(), row.where) for row in whole] == [(1 / 3, "row 1"), (2 / 3, "row 2"), (1.0, "row 3")]
+    asked.pop()
     splits = read("a/b", tokenizer, config="en", revision="v2", eval_split="validation")
     assert splits.eval is not None and (splits.examples, len(splits.eval)) == (3, 3)
     assert asked == [

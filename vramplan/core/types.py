@@ -29,7 +29,7 @@ OPTIMIZERS = (
     "sgd",
 )
 DATA_KINDS = ("auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text", "tokens")
-TRUNCATIONS = ("cut", "drop", "error")
+TRUNCATIONS = ("cut", "split", "drop", "error")
 SAMPLINGS = ("random", "sequential", "group_by_length")
 VERDICTS = ("fits", "tight", "does_not_fit")
 BASES = ("exact", "modelled", "measured")

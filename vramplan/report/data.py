@@ -35,6 +35,8 @@ def summary_text(event: Event) -> str:
         first += f", {amount:,} {word}" if amount else ""
     if number.int("truncated"):
         first += f", {number.count('truncated')} cut ({number.count('tokens_lost')} tokens lost)"
+    if number.int("split"):
+        first += f", {number.count('split')} split in parts"
     tokens = number.int("tokens")
     learned = tables.percent(number.int("learned_tokens") / tokens) if tokens else "0%"
     second = f"data: {tokens:,} tokens, {learned} learned; per row p50 {number.count('p50')}, p95 {number.count('p95')}"

@@ -140,15 +140,13 @@ def refuse_what_is_not_built(run: RunSpec) -> None:
         raise InputError("streaming layers from the host is not built yet", "leave resident_layers out")
 
 
-def _check_vocabulary(model: Any, tokenizer: Any, splits: Any) -> None:
+def _check_vocabulary(model: Any, tokenizer: Any, splits: data.Splits) -> None:
     """A token the embedding has no row for would end as an assertion inside a kernel. Looked for only if possible."""
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) <= rows:
         return
-    for split in (splits.train, splits.eval):
-        for index in range(len(split) if split is not None else 0):
-            if max(split[index]["input_ids"]) >= rows:
-                raise InputError(f"the tokenizer makes tokens of {len(tokenizer)}, the model knows only {rows}")
+    if any(max(split.store.ids) >= rows for split in (splits.train, splits.eval) if split is not None):
+        raise InputError(f"the tokenizer makes tokens of {len(tokenizer)}, the model knows only {rows}")
 
 
 def check_fused_loss(trainer: QloraTrainer, head: Head, tokens: list[int]) -> None:

@@ -25,7 +25,7 @@ Report = Callable[[dict[str, Any]], None]
 
 @dataclass
 class Source:
-    """What was read from one place. `counts`: rows, bad, empty, dropped, truncated, tokens_lost."""
+    """What was read from one place. `counts`: rows, bad, empty, dropped, truncated, split, tokens_lost."""
 
     path: str
     store: TokenStore = field(default_factory=TokenStore)
@@ -97,28 +97,30 @@ class Ingest:
                 self._check.look(encoded, row.where)
             except InputError as error:
                 raise self._placed(row, error) from error
-        length = len(encoded.input_ids)
-        over = max(length - self._seq_len, 0)
-        if over and self._data.truncation != "cut":
+        length, seq_len = len(encoded.input_ids), self._seq_len
+        over, how = max(length - seq_len, 0), self._data.truncation
+        if over and how in ("drop", "error"):
             self._too_long(row, length)
             return
-        learned = encoded.learned[: self._seq_len]
-        if not any(learned[1:]):  # the first token is never predicted
-            self._leave_out(row, "empty", f"has nothing to learn in its first {self._seq_len} tokens")
+        starts = range(0, length if how == "split" else min(length, 1), seq_len)
+        kept = [start for start in starts if any(encoded.learned[start + 1 : start + seq_len])]
+        if not kept:  # the first token is never predicted
+            self._leave_out(row, "empty", f"has nothing to learn in its first {seq_len} tokens")
             return
         if over:
-            self.source.counts["truncated"] += 1
-            self.source.counts["tokens_lost"] += over
+            self.source.counts["split" if how == "split" else "truncated"] += 1
+            self.source.counts["tokens_lost"] += 0 if how == "split" else over
         number = row.where.rpartition(" ")[2]
-        self.source.store.append(
-            encoded.input_ids[: self._seq_len], learned, int(number) if number.isdecimal() else 0, over
-        )
+        for start in kept:
+            ids, learned = (part[start : start + seq_len] for part in (encoded.input_ids, encoded.learned))
+            cut = over if how == "cut" else 0
+            self.source.store.append(ids, learned, int(number) if number.isdecimal() else 0, cut)
 
     def _too_long(self, row: Row, length: int) -> None:
         problem = f"has {length:,} tokens, over the sequence length of {self._seq_len:,}"
         if self._data.truncation == "error":
             raise InputError(
-                f"{self._data.path}, {row.where}, {problem}", "raise --seq-len, or say --truncation cut or drop"
+                f"{self._data.path}, {row.where}, {problem}", "raise --seq-len, or say --truncation cut, drop or split"
             )
         self._leave_out(row, "dropped", problem)
 

@@ -58,7 +58,7 @@ def summary(run: RunSpec, sources: Sequence[Source], train: Examples, held_out: 
     """What became of the data, for the event `data`: counts of rows and tokens. Shares are of 1."""
     counts = {
         name: sum(source.counts[name] for source in sources)
-        for name in ("rows", "bad", "empty", "dropped", "truncated", "tokens_lost")
+        for name in ("rows", "bad", "empty", "dropped", "truncated", "split", "tokens_lost")
     }
     store, lengths = train.store, [train.store.length(row) for row in train.rows]
     ascending = sorted(lengths)

@@ -42,7 +42,7 @@ class Rows:
     def __init__(self, data: DataSpec) -> None:
         self._data = data
         self._file: BinaryIO | None = None
-        self._size = 0
+        self._size = self._done = 0  # bytes of the file; or rows of the data set
 
     def __iter__(self) -> Iterator[Row]:
         data = self._data
@@ -60,9 +60,10 @@ class Rows:
     def share(self) -> float | None:
         """How much of the whole has been read; None where nobody knows."""
         try:
-            return min(self._file.tell() / self._size, 1.0) if self._file is not None and self._size else None
+            done = self._done if self._file is None else self._file.tell()
         except (OSError, ValueError):  # closed
             return None
+        return min(done / self._size, 1.0) if self._size else None
 
     def _file_rows(self, path: Path) -> Iterator[Row]:
         reader = _READERS.get(path.suffix.lower())
@@ -81,8 +82,10 @@ class Rows:
             raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
 
     def _dataset_rows(self) -> Iterator[Row]:
-        for number, value in enumerate(_dataset(self._data), start=1):
-            yield Row(f"row {number}", value)
+        values = _dataset(self._data)
+        self._size = len(values)
+        for self._done, value in enumerate(values, start=1):
+            yield Row(f"row {self._done}", value)
 
 
 def _looks_like_file(name: str) -> bool:

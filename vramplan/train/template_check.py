@@ -31,7 +31,7 @@ class TemplateCheck:
     def look(self, row: Encoded, where: str) -> None:
         """InputError, without the row's place, if what is learned is not what the assistant says."""
         talk = row.talk
-        if talk is None or not any(row.learned):
+        if talk is None:
             return
         order = tuple(message["role"] for message in talk.messages)
         if self.rows >= FIRST_ROWS and (order in self.orders or len(self.orders) >= MOST_ORDERS):
@@ -39,6 +39,8 @@ class TemplateCheck:
         self.rows += 1
         self.orders.add(order)
         ids = [token for token, learned in zip(row.input_ids, row.learned, strict=True) if learned]
+        if not ids and not any(_said(message) for message in talk.messages if message["role"] == ASSISTANT):
+            return  # there is nothing that could be learned
         if getattr(self.tokenizer, "unk_token_id", None) in ids:
             return  # what the vocabulary lacks cannot be turned back
         rest = self._without_words(talk, self._text(ids))
