@@ -28,6 +28,20 @@ THINKING = (
     "{% if m.role == 'assistant' and loop.index0 > ns.last %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}"
     "{{ content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# As Mistral's: the system's words stand in the last message, if that is a question; of a whole talk they are left out.
+LAST_QUESTION = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
+    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{{ '[INST] ' + (system + '\n\n' if loop.last and system is defined else '') + m.content + '[/INST]' }}"
+    "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+# As DeepSeek-R1's: thoughts are never written, but asked for.
+ASKING = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{{ '<|im_start|>' + m.content.split('</think>')[-1] + eos_token }}{% else %}{{ m.content + '\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|><think>\n' }}{% endif %}"
+)
 MARKED = tiny.CHAT_TEMPLATE
 SYSTEM = {"role": "system", "content": "Answer as briefly as you can."}
 
@@ -58,6 +72,21 @@ def test_good_templates_pass_without_a_word(tmp_path: Path, tokenizer: Any, temp
     assert warnings == ""
     assert "A sailor." in learned and "His wife." in learned
     assert not any(message["content"] in learned for message in (SYSTEM, CHAT[0], CHAT[2]))
+
+
+def test_words_that_move_are_followed_and_words_left_out_are_said(tmp_path: Path, tokenizer: Any) -> None:
+    learned, warnings = learn(tmp_path, tokenizer, LAST_QUESTION, [SYSTEM, *CHAT])
+    assert learned == " A sailor.<eos> His wife.<eos>"
+    assert warnings.startswith("the chat template leaves out what the system says (")
+    learned, warnings = learn(tmp_path, tokenizer, LAST_QUESTION, CHAT)
+    assert (learned, warnings) == (" A sailor.<eos> His wife.<eos>", "")
+
+
+def test_a_template_that_asks_for_thoughts_but_does_not_write_them(tmp_path: Path, tokenizer: Any) -> None:
+    for first in ("A sailor.", "<thin> he was."):
+        talk = [CHAT[0], {"role": "assistant", "content": f"<think>hm</think>{first}"}, *CHAT[2:]]
+        learned, warnings = learn(tmp_path, tokenizer, ASKING, talk)
+        assert (learned, warnings) == (f"{first}<eos>His wife.<eos>", "")
 
 
 def test_thoughts_are_learned_where_the_template_keeps_them(tmp_path: Path, tokenizer: Any) -> None:

@@ -149,7 +149,9 @@ def test_turns_that_are_written_otherwise_once_others_follow_are_found_by_their_
 
 
 def test_a_template_that_rewrites_what_was_said_is_refused(tmp_path: Path, tokenizer: Any) -> None:
-    tokenizer.chat_template = REWRITING_TEMPLATE.replace("{{ m['content'] }}", "{{ loop.length }}{{ m['content'] }}")
+    tokenizer.chat_template = REWRITING_TEMPLATE.replace(
+        "{{ m['content'] }}", "{{ m['content'] if loop.last else m['content'] | upper }}"
+    )
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT}])
     with pytest.raises(InputError, match=r"a\.jsonl, line 1: the chat template rewrites earlier turns"):
         read(path, tokenizer, on_bad_row="skip")

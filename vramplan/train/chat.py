@@ -74,17 +74,34 @@ def rendered(talk: Conversation, tokenizer: Any) -> Rendered:
     InputError for a template that writes turns in a way that cannot be followed.
     """
     text = render(talk, tokenizer)
-    spans = []
+    spans: list[Span] = []
     for index, message in enumerate(talk.messages):
         if message["role"] == ASSISTANT and index >= talk.first:
             last = index == len(talk.messages) - 1
             upto = text if last else render(talk, tokenizer, index + 1)
-            before = render(talk, tokenizer, index, prompt=True) if index else _header(upto, message)
+            before = _before(talk, tokenizer, index, upto) if index else _header(upto, message)
             if text.startswith(upto) and upto.startswith(before):
                 spans.append((len(before), len(upto)))
             else:
-                spans.append(_found(text, before, upto, message, index + 1))
+                spans.append(_found(text, talk, index, before, upto, spans[-1][1] if spans else 0))
     return Rendered(text, spans)
+
+
+def _before(talk: Conversation, tokenizer: Any, index: int, upto: str) -> str:
+    """The text up to where the assistant begins message `index`.
+
+    A template may ask for more than it writes of a turn that is there: "<think>" (DeepSeek-R1's). Then what both have
+    in common counts.
+    """
+    before = render(talk, tokenizer, index, prompt=True)
+    if upto.startswith(before):
+        return before
+    asked = render(talk, tokenizer, index)
+    shared = next((at for at, (a, b) in enumerate(zip(before, upto, strict=False)) if a != b), len(upto))
+    if shared <= len(asked) or not upto.startswith(asked):
+        return before
+    found = [upto.find(part, len(asked)) for part in _parts(talk.messages[index])]
+    return upto[: min([shared, *(at for at in found if at >= 0)])]
 
 
 def _header(text: str, message: dict[str, Any]) -> str:
@@ -96,19 +113,34 @@ def _words(message: dict[str, Any]) -> str:
     return str(message.get("content") or "").strip()
 
 
-def _found(text: str, before: str, upto: str, message: dict[str, Any], number: int) -> Span:
-    """The turn found by its words, for templates (Qwen3's) that write a turn otherwise once others follow.
-
-    There the thoughts are left out of all turns but the last. `upto` shows what ends a turn.
-    """
+def _parts(message: dict[str, Any]) -> list[str]:
+    """The words of a message, and those behind its thoughts, which templates leave out."""
     words = _words(message)
-    for part in (words, words.rpartition(_END_OF_THOUGHT)[2].strip()):
-        at = text.find(part, len(before))
+    return [part for part in (words, words.rpartition(_END_OF_THOUGHT)[2].strip()) if part]
+
+
+def _found(text: str, talk: Conversation, index: int, before: str, upto: str, after: int) -> Span:
+    """The turn found by its words, for templates that write turns otherwise once others follow: Qwen3's leaves the
+    thoughts out of all but the last, Mistral's puts the system's words into the last question.
+
+    `before` shows what stands before a turn, `upto` what ends it; the turn is looked for from character `after` on.
+    """
+    start = len(before) if text.startswith(before) else _behind(text, talk.messages[index - 1], before, after)
+    for part in _parts(talk.messages[index]):
+        at = text.find(part, start)
         ends = upto[upto.rfind(part) + len(part) :]
-        if part and part in upto and at >= 0 and text.startswith(before) and text.startswith(ends, at + len(part)):
-            return len(before), at + len(part) + len(ends)
+        if start > 0 and part in upto and at >= 0 and text.startswith(ends, at + len(part)):
+            return start, at + len(part) + len(ends)
     raise InputError(
-        f"the chat template rewrites earlier turns (message {number} differs once more follow), so the assistant's "
+        f"the chat template rewrites earlier turns (message {index + 1} differs once more follow), so the assistant's "
         "tokens cannot be told apart",
         "use a template with {% generation %}, one assistant turn a row, or prompt and completion columns",
     )
+
+
+def _behind(text: str, previous: dict[str, Any], before: str, after: int) -> int:
+    """Where the assistant begins after the message before it: behind its words and what follows them in `before`."""
+    words = _words(previous)
+    header = words + before[before.rfind(words) + len(words) :] if words in before else ""
+    at = text.find(header, after) if header else -1
+    return at + len(header) if at >= 0 else -1

@@ -169,6 +169,9 @@ class Ingest:
                 f"{counts['truncated']:,} rows ({share:.1f} %) cut to the sequence length of {self._seq_len} tokens: "
                 f"{counts['tokens_lost']:,} tokens lost"
             )
+        if self._check.unsaid:
+            role, _, where = self._check.unsaid.partition(", ")
+            self._warn(f"the chat template leaves out what the {role} says ({source.path}, {where})")
         if self._check.endless:
             self._warn(
                 f"the end of the assistant's turns is not learned ({source.path}, {self._check.endless}): the model "

@@ -8,6 +8,7 @@ are turned back into text and held against the messages.
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
 from vramplan.errors import InputError
@@ -27,6 +28,7 @@ class TemplateCheck:
         self.rows = 0
         self.orders: set[tuple[str, ...]] = set()
         self.endless = ""  # the first row whose last turn has no end that is learned
+        self.unsaid = ""  # the first row of which the template leaves out what another than the assistant says
 
     def look(self, row: Encoded, where: str) -> None:
         """InputError, without the row's place, if what is learned is not what the assistant says."""
@@ -45,11 +47,15 @@ class TemplateCheck:
             return  # what the vocabulary lacks cannot be turned back
         rest = self._without_words(talk, self._text(ids))
         self._refuse_others(talk, rest)
+        whole = _plain(self._text(row.input_ids))
+        unsaid = [m["role"] for m in talk.messages if (words := _others_words(m)) and _plain(words) not in whole]
+        if unsaid and not self.unsaid:
+            self.unsaid = f"{unsaid[0]}, {where}"
         if not rest[-1] and not self._special(row):
             self.endless = self.endless or where
 
-    def _text(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def _without_words(self, talk: Conversation, text: str) -> list[str]:
         """What is learned before, between and after the assistant's words. InputError if they are not all there."""
@@ -71,10 +77,8 @@ class TemplateCheck:
 
     def _refuse_others(self, talk: Conversation, rest: list[str]) -> None:
         for number, message in enumerate(talk.messages, start=1):
-            words = message.get("content")
-            if message["role"] == ASSISTANT or not isinstance(words, str) or len(_plain(words)) < _TELLING:
-                continue
-            if any(_plain(words) in part for part in rest):
+            words = _others_words(message)
+            if words and any(_plain(words) in part for part in rest):
                 raise InputError(
                     f"the chat template makes the model learn what the {message['role']} says (message {number}, "
                     f"{_show(words)})",
@@ -85,6 +89,13 @@ class TemplateCheck:
         """Whether the last learned token is a special one: the end of a turn."""
         last = max(index for index, learned in enumerate(row.learned) if learned)
         return row.input_ids[last] in self.tokenizer.all_special_ids
+
+
+def _others_words(message: dict[str, Any]) -> str:
+    """What somebody else than the assistant says, if it is long enough to be told from the template's own words."""
+    words = message.get("content")
+    telling = message["role"] != ASSISTANT and isinstance(words, str) and len(_plain(words)) >= _TELLING
+    return str(words) if telling else ""
 
 
 def _said(message: dict[str, Any]) -> list[str]:
