@@ -135,7 +135,11 @@ def test_a_batch_holds_no_more_documents_than_the_plan_has_room_for(lengths: lis
     for start in range(0, len(rows), batch):
         made = Collator(0, 64, packed=True)(rows[start : start + batch])
         assert made["input_ids"].shape[1] == 64
-        assert made["cu_seq_lens_q"].numel() - 1 <= documents(made["input_ids"].shape[0], 64)
+        most = documents(made["input_ids"].shape[0], 64)
+        assert made["cu_seq_lens_q"].numel() - 1 <= most
+        static = Collator(0, 64, packed=True, static=True)(rows[start : start + batch])
+        assert static["cu_seq_lens_q"].numel() - 1 == most and static["max_length_q"] == 64
+        assert static["cu_seq_lens_q"].unique().tolist() == made["cu_seq_lens_q"].tolist()
 
 
 # -------------------------------------------------------------------------------------------------------- lengths

@@ -74,8 +74,9 @@ def attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [B, h, S, D], key and value [B, k, S, D] -> ([B, S, h, D], None).
 
-    `cu_seq_lens_q` int32 [documents + 1]: where each begins in the B x S tokens; None: every row is one document. Then
-    keys may also outnumber queries, as in generation. A sliding window of w lets a token see itself and w - 1 before.
+    `cu_seq_lens_q` int32 [documents + 1]: where each begins in the B x S tokens (a document may be empty); None: every
+    row is one document. Then keys may also outnumber queries, as in generation. A sliding window of w lets a token see
+    itself and w - 1 before.
     """
     if softcap is not None or s_aux is not None or position_bias is not None:
         raise InputError("attention with soft-capping, sinks or biases cannot be packed", "leave out --packing")
@@ -145,6 +146,8 @@ def _by_document(
     seq, grouped = query.shape[2], query.shape[1] != key.shape[1]
     rows: list[list[Tensor]] = [[] for _ in range(query.shape[0])]
     for start, end in pairwise(edges):
+        if start == end:
+            continue
         row, a, b = start // seq, start % seq, start % seq + end - start
         q, k, v = (t[row : row + 1, :, a:b] for t in (query, key, value))
         mask = _window_mask(b - a, window, q.device) if window is not None and window < b - a else None
