@@ -195,12 +195,14 @@ def data_spec(params: Params) -> DataSpec:
     """--data and what belongs to it. A file must exist and hold something; what is no file is a data set's name."""
     if not params["data"]:
         raise InputError("--data is missing", "--data FILE (JSONL, Parquet, CSV or text) or a data set's name")
-    if params["eval_fraction"] and (params["eval_path"] or params["eval_split"]):
+    if params["eval_fraction"] and (params["eval_data"] or params["eval_split"]):
         raise InputError("--eval-fraction excludes --eval-data and --eval-split", "say once what is held out")
-    fields = {name: params[name] for name in DataSpec.__dataclass_fields__ if name in params}
+    flags = {"kind": "data_kind", "config": "data_config", "revision": "data_revision"}
+    same = {name: name for name in DataSpec.__dataclass_fields__ if name not in ("path", "eval_path", *flags)}
+    fields = {name: params[flag] for name, flag in {**same, **flags}.items()}
     fields["path"] = data_path(params["data"], "--data")
-    if params["eval_path"]:
-        fields["eval_path"] = data_path(params["eval_path"], "--eval-data")
+    if params["eval_data"]:
+        fields["eval_path"] = data_path(params["eval_data"], "--eval-data")
     if params["group_by_length"]:
         fields["train_sampling_strategy"] = "group_by_length"
     return DataSpec(**fields)

@@ -221,14 +221,14 @@ GPU_INDEX: Section = (
 
 DATA: Section = (
     _data("--data", metavar="FILE|DATASET", help="JSONL, Parquet, CSV or text file, or a data set's name."),
-    _data("--data-kind", "kind", type=OneOf(DATA_KINDS, "kind of data"), default="auto", show_default=True,
+    _data("--data-kind", type=OneOf(DATA_KINDS, "kind of data"), default="auto", show_default=True,
           metavar="NAME", help=f"What a row holds: {', '.join(DATA_KINDS)}."),
     _data("--text-column", default="text", show_default=True, metavar="NAME", help="Column of plain text."),
     _data("--split", default="train", show_default=True, metavar="NAME",
           help="Split of the data set, also a part of it: train[:10%]."),
-    _data("--data-config", "config", metavar="NAME", help="Configuration of the data set."),
-    _data("--data-revision", "revision", metavar="REV", help="Branch, tag or commit of the data set."),
-    _data("--eval-data", "eval_path", metavar="FILE|DATASET", help="Rows to measure the loss on."),
+    _data("--data-config", metavar="NAME", help="Configuration of the data set."),
+    _data("--data-revision", metavar="REV", help="Branch, tag or commit of the data set."),
+    _data("--eval-data", metavar="FILE|DATASET", help="Rows to measure the loss on."),
     _data("--eval-split", metavar="NAME", help="Split of the data set to measure the loss on."),
     _data("--eval-fraction", type=Number(0, 1, high_open=True), default=0.0, show_default=True,
           help="Share of rows held out to measure the loss."),

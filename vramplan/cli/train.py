@@ -20,7 +20,8 @@ SHAPING = (  # what a plan has settled
 )  # fmt: skip
 
 DATA_FLAGS = (
-    "data", "kind", "text_column", "split", "config", "revision", "eval_path", "eval_split", "eval_fraction",
+    "data", "data_kind", "text_column", "split", "data_config", "data_revision", "eval_data", "eval_split",
+    "eval_fraction",
     "truncation", "on_bad_row", "assistant_only_loss", "completion_only_loss", "train_sampling_strategy",
     "group_by_length", "show_samples", "data_only", "model_path", "random_weights",
 )  # fmt: skip
