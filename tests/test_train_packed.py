@@ -21,9 +21,10 @@ from vramplan.core.recipes import RECIPES  # noqa: E402
 from vramplan.core.types import DataSpec, Lora, RunSpec, Schedule  # noqa: E402
 from vramplan.errors import InputError  # noqa: E402
 from vramplan.train import varlen  # noqa: E402
-from vramplan.train.finetune import check_packing, look_at_data  # noqa: E402
 from vramplan.train.outcome import Interrupted  # noqa: E402
+from vramplan.train.packing_check import check_packing  # noqa: E402
 from vramplan.train.progress import Progress  # noqa: E402
+from vramplan.train.reading import look_at_data  # noqa: E402
 from vramplan.train.trainer import QloraTrainer  # noqa: E402
 
 SCHEDULE = Schedule(max_steps=6, learning_rate=5e-3, save_steps=2, warmup_ratio=0.0)

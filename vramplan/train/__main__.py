@@ -53,7 +53,7 @@ def _run(run_dir: Path, flags: list[str], console: TextIO) -> int:
 
             message = measure(run, run_dir, cuda_device(), progress=progress, stop=stop)
         elif "--data-only" in flags:
-            from vramplan.train.finetune import look_at_data
+            from vramplan.train.reading import look_at_data
 
             message = look_at_data(run, run_dir, progress)
         else:

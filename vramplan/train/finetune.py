@@ -13,36 +13,20 @@ import transformers
 from vramplan.core.types import RunSpec
 from vramplan.errors import InputError
 from vramplan.train import data
-from vramplan.train.fused_loss import Head, decoder_of, head_of
+from vramplan.train.fused_loss import Head, head_of
 from vramplan.train.load import load_model, load_tokenizer, resolve
 from vramplan.train.lora import add_lora, prepare
 from vramplan.train.meter import Meter, recorded
 from vramplan.train.outcome import Interrupted, StopSignal
+from vramplan.train.packing_check import check_packing
 from vramplan.train.progress import Progress
-from vramplan.train.samples import sample_rows
+from vramplan.train.reading import read_data
 from vramplan.train.saving import clean, newest_checkpoint, save_adapter
 from vramplan.train.trainer import AlreadyDone, QloraTrainer, Reporter, training_arguments, usable_optimizer
-from vramplan.train.varlen import arguments, refuse_unpackable
+from vramplan.train.varlen import refuse_unpackable
 
 SAMPLE_TOKENS = 40
 CHECK_TOKENS = 16  # length of the batch on which the fused loss is compared with the model's own
-
-
-def look_at_data(run: RunSpec, run_dir: Path, progress: Progress) -> str:
-    """Read the data and show it as the model would see it, without a model."""
-    tokenizer = load_tokenizer(run, resolve(run, run_dir))
-    splits = read_data(run, run_dir, tokenizer, progress)
-    return f"{splits.examples:,} rows to train on; nothing was trained"
-
-
-def read_data(run: RunSpec, run_dir: Path, tokenizer: Any, progress: Progress, *, resume: bool = False) -> data.Splits:
-    """The rows as tokens; the first of them are shown if the run wants that."""
-    progress.phase("data", f"reading {run.data.path if run.data else 'no data'}")
-    splits = data.build(run, tokenizer, report=progress.report, run_dir=run_dir, resume=resume)
-    if run.data is not None and not resume:
-        for sample_row in sample_rows(splits, tokenizer, run.data.show_samples):
-            progress.report(sample_row)
-    return splits
 
 
 def finetune(run: RunSpec, run_dir: Path, *, resume: bool, progress: Progress, stop: StopSignal) -> str:
@@ -167,32 +151,6 @@ def check_fused_loss(trainer: QloraTrainer, head: Head, tokens: list[int]) -> No
         raise InputError(
             f"the fused loss does not reproduce {name}'s own ({fused:.4f} against {own:.4f})", "train with --loss full"
         )
-
-
-def check_packing(trainer: QloraTrainer, tokens: list[int]) -> None:
-    """InputError if a document in a packed row sees the one before it.
-
-    Architectures may keep the borders from their attention. A document is played after another and alone, and, for
-    comparison, as if the two were one: what it becomes must be near the second, seen from the third.
-    """
-    first, second = (list(tokens) * 2)[:CHECK_TOKENS], (list(tokens) * 2)[1 : CHECK_TOKENS // 2 + 1]
-    collator = data.Collator(trainer.data_collator.pad_token_id, packed=True)
-    decoder = decoder_of(trainer.model.get_base_model())
-    trainer.model.eval()
-
-    def play(*documents: list[int]) -> Any:
-        ids = [token for document in documents for token in document]
-        row = {"input_ids": ids, "labels": ids, "lengths": [len(document) for document in documents]}
-        inputs = trainer._prepare_inputs(collator([row]))
-        with torch.no_grad(), trainer.accelerator.autocast():
-            hidden = decoder(input_ids=inputs["input_ids"], use_cache=False, **arguments(inputs))[0]
-        return hidden[0, len(ids) - len(second) : len(ids)].float()
-
-    alone = play(second)
-    packed, joined = (float((play(*rows) - alone).norm()) for rows in ((first, second), (first + second,)))
-    if not packed <= 0.25 * joined:
-        name = type(trainer.model.get_base_model()).__name__
-        raise InputError(f"{name} lets documents in a packed row see each other", "leave out --packing")
 
 
 def _evaluate(trainer: QloraTrainer, dataset: Any, progress: Progress) -> float | None:
