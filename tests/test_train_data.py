@@ -237,6 +237,15 @@ def test_a_data_set_by_name(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.
     ]
 
 
+@pytest.mark.parametrize(
+    ("asked", "flag"),
+    [({"split": "test"}, "--split"), ({"config": "en"}, "--data-config"), ({"eval_split": "test"}, "--eval-split")],
+)
+def test_a_file_has_no_splits(tmp_path: Path, tokenizer: Any, asked: dict[str, Any], flag: str) -> None:
+    with pytest.raises(InputError, match=rf"^{flag} is for data sets by name, and .*a\.jsonl is a file"):
+        read(write_jsonl(tmp_path / "a.jsonl", [{"text": "x y z"}]), tokenizer, **asked)
+
+
 def test_an_unknown_data_set_is_one_sentence(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
 
@@ -278,6 +287,7 @@ GOOD = b'{"text": "A good row."}\n'
         (b'{"text": 5}\n', 'has a int as "text"'),
         (b'{"text": null}\n', 'has a NoneType as "text"'),
         (b'{"words": "x"}\n', 'has no "text"'),
+        (b'{"text": "cut \\ud83d in two"}\n', "has half a character .* at position 4"),
         (b"[" * 100_000 + b"\n", "is not JSON that can be read"),
         (b'{"n": ' + b"1" * 10_000 + b"}\n", "is not JSON that can be read|has no"),
     ],

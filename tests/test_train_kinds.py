@@ -144,6 +144,8 @@ def test_tokens_that_come_as_they_are(tmp_path: Path, tokenizer: Any) -> None:
         ("sharegpt", {"conversations": SHAREGPT[:2]}, "no message of the role assistant, only of system, user"),
         ("sharegpt", {"conversations": [{"value": "x"}]}, "message 1 without a role"),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "content is not text"),
+        ("messages", {"messages": [{"role": "assistant", "content": "\ud83d"}]}, "half a character"),
+        ("alpaca", {"instruction": "\udc00", "output": "x"}, "half a character"),
         ("alpaca", {"instruction": "x", "output": 3}, "an answer that is no text but int"),
         ("alpaca", {"instruction": None, "output": "x"}, "an instruction that is no text but NoneType"),
         ("alpaca", {"instruction": "x", "output": "y", "history": ["a"]}, "no list of pairs"),

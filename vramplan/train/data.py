@@ -105,10 +105,23 @@ def _check(data: DataSpec, seq_len: int) -> None:
         raise InputError(f"eval_fraction is {data.eval_fraction}, expected a number from 0 to below 1")
     if data.eval_fraction and (data.eval_path or data.eval_split):
         raise InputError("held-out rows come from --eval-fraction or from --eval-data and --eval-split, not from both")
+    if Path(data.path).expanduser().is_file():
+        _check_file(data)
     words = {"on_bad_row": ("fail", "skip"), "truncation": TRUNCATIONS, "train_sampling_strategy": SAMPLINGS}
     for name, known in words.items():
         if getattr(data, name) not in known:
             raise InputError(f"{name} is {getattr(data, name)!r}, expected one of {', '.join(known)}")
+
+
+def _check_file(data: DataSpec) -> None:
+    """A file has no splits: asking for one must not end in training on what should be held out."""
+    default = DataSpec(path="")
+    asked = {"--split": data.split != default.split, "--data-config": data.config, "--data-revision": data.revision}
+    asked["--eval-split"] = data.eval_split and not data.eval_path
+    flag = next((flag for flag, given in asked.items() if given), None)
+    if flag is not None:
+        hint = "--eval-data names a file of held-out rows" if flag == "--eval-split" else f"leave {flag} out"
+        raise InputError(f"{flag} is for data sets by name, and {data.path} is a file", hint)
 
 
 def _specs(data: DataSpec) -> list[DataSpec]:
@@ -123,7 +136,7 @@ def _specs(data: DataSpec) -> list[DataSpec]:
 
 def _write_skipped(path: Path, sources: Sequence[Source]) -> None:
     """The rows left out, one a line, the first `MAX_SKIPPED` of each source."""
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for source in sources for row in source.skipped]
+    lines = [json.dumps(row) + "\n" for source in sources for row in source.skipped]
     more = sum(source.left_out - len(source.skipped) for source in sources)
     if more:
         lines.append(json.dumps({"more": more}) + "\n")

@@ -18,7 +18,7 @@ from vramplan.core.types import DataSpec
 from vramplan.errors import InputError
 from vramplan.train import chat
 from vramplan.train.chat import Rendered, Span
-from vramplan.train.kinds import ASSISTANT, BadRow, Conversation, conversation
+from vramplan.train.kinds import ASSISTANT, BadRow, Conversation, conversation, sound
 from vramplan.train.store import IGNORED
 
 NO_TEMPLATE = 'the tokenizer has no chat template: "### User:", "### Assistant:" headings are used and saved with it'
@@ -87,7 +87,7 @@ def _string(row: Row, column: str) -> str:
     if not isinstance(value, str):
         what = "no" if column not in row else f"a {type(value).__name__} as"
         raise BadRow(f'has {what} "{column}", expected text')
-    return value
+    return sound(value)
 
 
 def _ids(tokenizer: Any, texts: list[str], **options: Any) -> list[list[int]]:

@@ -18,6 +18,7 @@ from vramplan.train.template_check import TemplateCheck
 
 MAX_SKIPPED = 10_000  # rows left out that are written down one by one
 _BLOCK = 512  # rows tokenised together
+_BLOCK_BYTES = 8 * 2**20
 _EVERY_S = 3.0  # between two signs of life
 
 Report = Callable[[dict[str, Any]], None]
@@ -52,9 +53,12 @@ class Ingest:
     def read(self, rows: Rows) -> Source:
         """All rows. InputError if one is bad and bad ones are not to be skipped, or if none can be used."""
         self._begun = self._told = time.monotonic()
+        size = 0
         for row in rows:
             self._block.append(row)
-            if len(self._block) >= _BLOCK:
+            size += row.size
+            if len(self._block) >= _BLOCK or size >= _BLOCK_BYTES:
+                size = 0
                 self._flush()
                 self._sign_of_life(rows)
         self._flush()

@@ -47,6 +47,16 @@ class BadRow(ValueError):
     """This row cannot be used; the text says why and follows "line 3 "."""
 
 
+def sound(text: str) -> str:
+    """The text. BadRow if it is half a character, as JSON can write it and no tokenizer can read."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadRow(f"has half a character (a lone surrogate) at position {error.start} of a text") from None
+    return text
+
+
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """Messages as chat templates take them. Assistant messages before number `first` are not learned."""
@@ -146,10 +156,10 @@ def _message(message: Any, number: int) -> dict[str, Any]:
 def _text_of(content: Any) -> str | None:
     """The text of a message, which may come in parts; None if there is other than text."""
     if not isinstance(content, list):
-        return content if isinstance(content, str) else None
+        return sound(content) if isinstance(content, str) else None
     parts = [part.get("text") if isinstance(part, dict) else part for part in content]
     texts = [part for part in parts if isinstance(part, str)]
-    return "".join(texts) if texts and len(texts) == len(parts) else None
+    return sound("".join(texts)) if texts and len(texts) == len(parts) else None
 
 
 def _alpaca(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -168,6 +178,7 @@ def _alpaca(row: dict[str, Any]) -> list[dict[str, Any]]:
         if not isinstance(message["content"], str):
             name = "an answer" if message["role"] == ASSISTANT else "an instruction"
             raise BadRow(f"has {name} that is no text but {type(message['content']).__name__}")
+        sound(message["content"])
     return messages
 
 

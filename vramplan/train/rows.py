@@ -10,7 +10,7 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,11 +26,13 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row. `where` is "line 3" or "row 3", counted from 1; `problem` is why it cannot be used, or ""."""
+    """One row. `where` is "line 3" or "row 3", counted from 1; `problem` is why it cannot be used, or "". `size` is in
+    bytes of the file, where that is known."""
 
     where: str
     value: dict[str, Any]
     problem: str = ""
+    size: int = 0
 
 
 class Rows:
@@ -131,7 +133,7 @@ def _jsonl(path: Path, file: BinaryIO, data: DataSpec) -> Iterator[Row]:
         if line is None:
             yield Row(f"line {number}", {}, _TOO_LONG)
         elif line.strip():
-            yield _json_row(number, line)
+            yield replace(_json_row(number, line), size=len(line))
 
 
 def _json_row(number: int, line: bytes) -> Row:
