@@ -45,9 +45,9 @@ ROOMS = {
         ours=("vramplan.core", "vramplan.errors", "vramplan.report"), third_party=frozenset({"rich"})
     ),
     "launch": Room(ours=("vramplan.core", "vramplan.sources", "vramplan.errors", "vramplan.launch")),
-    # trace plays what train does: the fused loss and the fused layers are the trainer's own
+    # trace plays what train does: loss, layers and the attention of packed rows are the trainer's own
     "trace": Room(
-        ours=(*WITH_TORCH, "vramplan.trace", "vramplan.train.fused_loss", "vramplan.train.fast"),
+        ours=(*WITH_TORCH, "vramplan.trace", *(f"vramplan.train.{name}" for name in ("fused_loss", "fast", "varlen"))),
         third_party=frozenset(TORCH_STACK),
     ),
     "train": Room(ours=(*WITH_TORCH, "vramplan.train"), third_party=frozenset(TORCH_STACK)),

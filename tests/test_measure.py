@@ -354,6 +354,8 @@ def test_random_rows_have_one_length_and_are_the_same_each_time() -> None:
     assert data[0] == data[0] != data[1]
     padded = measuring.RandomRows(replace(run, padding=True), 50)
     assert all((row["attention_mask"][-1], row["labels"][-1]) == (0, -100) for row in padded)
+    packed = measuring.RandomRows(replace(run, packing=True, seq_len=200), 50)
+    assert all(row["lengths"] == [28] * 6 + [32] and row["labels"] == row["input_ids"] for row in packed)
 
 
 class Spy(metering.Meter):
@@ -381,14 +383,15 @@ def tiny_run(config: Path, recipe: str, **changes: Any) -> RunSpec:
     return replace(run, **changes)
 
 
+@pytest.mark.parametrize("packing", [False, True], ids=["", "packed"])
 @pytest.mark.parametrize("driver", ["trainer", "loop"])
 @pytest.mark.parametrize("recipe", ["lean", "peft"])
 def test_both_drivers_play_both_recipes(
-    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, driver: str
+    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, driver: str, packing: bool
 ) -> None:
     monkeypatch.setattr(measuring, "Meter", Spy)
     NOTED.clear()
-    run = tiny_run(config, recipe, driver=driver)
+    run = tiny_run(config, recipe, driver=driver, packing=packing)
     message = measuring.measure(run, tmp_path, CPU, progress=Progress(tmp_path / "progress.jsonl"), stop=NEVER)
     assert message == "3 steps measured"
     assert NOTED == ["open", "forward", "backward", "open", "forward", "backward", "optimizer", "end"] * 3
@@ -470,7 +473,17 @@ def test_the_whole_command_with_the_real_child(
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("flags", [(), ("--recipe", "peft"), ("--recipe", "peft", "--driver", "loop")])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--recipe", "peft"),
+        ("--recipe", "peft", "--driver", "loop"),
+        ("--packing", "--batch-size", "2"),
+        ("--packing", "--recipe", "peft", "--checkpointing", "none"),
+        ("--packing", "--driver", "loop"),
+    ],
+)
 def test_on_a_card_measured_and_predicted_agree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
 ) -> None:

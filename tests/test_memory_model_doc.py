@@ -20,6 +20,7 @@ from vramplan.core.loss import chunk_tokens
 from vramplan.core.tape import GRANULE
 from vramplan.core.timeline import Step
 from vramplan.core.types import GpuProfile, Levers, Lora, ModelSpec, RunSpec
+from vramplan.core.varlen import documents
 
 PAGE = Path(__file__).parent.parent / "docs" / "memory-model.md"
 DTYPES = {"bf16": "bfloat16", "float32": "float32", "int64": "int64", "bool": "bool", "uint8": "uint8"}
@@ -34,6 +35,7 @@ RUNS: dict[str, tuple[dict[str, Any], GpuProfile]] = {
     "fused loss, upcast": ({"levers": replace(PLAIN, loss="fused", upcast="all"), "driver": "loop"}, NO_CARD),
     "eager": ({"levers": replace(PLAIN, attention="eager", optimizer="adafactor")}, NO_CARD),
     "padded": ({"levers": PLAIN, "padding": True}, NO_CARD),
+    "packed": ({"levers": PLAIN, "packing": True}, NO_CARD),
     "checkpoints": ({"levers": replace(PLAIN, checkpointing="all"), "accumulation": 2}, NO_CARD),
     "offloaded": ({"levers": replace(PLAIN, checkpointing="all", checkpoint_offload=True, upcast="all")}, NO_CARD),
 }
@@ -138,7 +140,7 @@ def letters_of(spec: ModelSpec, run: RunSpec) -> dict[str, int]:
         "c": (chunk := chunk_tokens(labelled, spec.hidden_size, spec.vocab_size)), "u": labelled % chunk or chunk,
         "E": spec.num_experts, "k": spec.num_experts_per_token,
         "J": spec.moe_intermediate_size or spec.intermediate_size,
-        "R": batch * seq * spec.num_experts_per_token,
+        "R": batch * seq * spec.num_experts_per_token, "d": documents(batch, seq),
     }  # fmt: skip
 
 

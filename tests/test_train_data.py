@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("torch")
 
 from vramplan.train import data, rows, tiny
-from vramplan.train.chat import BadRow, encoder
 from vramplan.train.data import Collator, Splits, TokenStore, build
+from vramplan.train.encode import encoder
+from vramplan.train.kinds import BadRow
 
 CHAT = [
     {"role": "user", "content": "Who was he?"},
@@ -66,6 +68,13 @@ def read(path: Path | str, tokenizer: Any, told: list[dict[str, Any]] | None = N
 def write_jsonl(path: Path, values: list[Any]) -> Path:
     path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
     return path
+
+
+def refusal(kind: str, row: dict[str, Any], tokenizer: Any) -> str:
+    """Why this one row cannot be used."""
+    (result,) = encoder(kind, tokenizer, DataSpec(path="x"), print)([row])
+    assert isinstance(result, BadRow)
+    return str(result)
 
 
 def learned_text(example: dict[str, list[int]], tokenizer: Any) -> str:
@@ -125,14 +134,26 @@ def test_a_slow_tokenizer_gives_the_same_labels(tokenizer: Any) -> None:
         def __call__(self, text: str, **options: Any) -> Any:
             return {"input_ids": tokenizer(text, **options)["input_ids"]}
 
-    row, spec = {"messages": CHAT}, DataSpec(path="x")
-    assert encoder("messages", Slow(), spec, print)(row) == encoder("messages", tokenizer, spec, print)(row)
+    rows, spec = [{"messages": CHAT}], DataSpec(path="x")
+    (slow,), (fast,) = (encoder("messages", each, spec, print)(rows) for each in (Slow(), tokenizer))
+    assert list(slow.input_ids) == list(fast.input_ids)
+    assert bytes(slow.learned) == bytes(fast.learned)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+def test_turns_that_are_written_otherwise_once_others_follow_are_found_by_their_words(
+    tmp_path: Path, tokenizer: Any
+) -> None:
     tokenizer.chat_template = REWRITING_TEMPLATE
-    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT[:2]}, {"messages": CHAT}])
-    with pytest.raises(InputError, match=r"a\.jsonl, line 2: the chat template rewrites earlier turns"):
+    example = read(write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT}]), tokenizer).train[0]
+    assert learned_text(example, tokenizer) == "A sailor.<|im_end|>\n[thought]His wife.<|im_end|>\n"
+
+
+def test_a_template_that_rewrites_what_was_said_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.chat_template = REWRITING_TEMPLATE.replace(
+        "{{ m['content'] }}", "{{ m['content'] if loop.last else m['content'] | upper }}"
+    )
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT}])
+    with pytest.raises(InputError, match=r"a\.jsonl, line 1: the chat template rewrites earlier turns"):
         read(path, tokenizer, on_bad_row="skip")
 
 
@@ -143,7 +164,7 @@ def test_without_a_template_a_plain_one_is_used_and_said(
     example = read(write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT[:2]}]), tokenizer, told).train[0]
     assert learned_text(example, tokenizer) == "A sailor.<eos>"
     assert "### Assistant:\nA sailor.<eos>" in tokenizer.decode(example["input_ids"])
-    assert [event["event"] for event in told] == ["warning", "phase"]
+    assert [event["event"] for event in told] == ["warning", "data"]
     assert "no chat template" in told[0]["message"]
 
 
@@ -197,18 +218,38 @@ def test_parquet_messages_with_null_columns(tmp_path: Path, tokenizer: Any) -> N
 def test_a_data_set_by_name(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
 
-    def load(name: str, split: str) -> Any:
-        assert (name, split) == ("someone/something", "test")
+    def load(name: str, config: str | None, split: str, revision: str | None) -> Any:
+        asked.append((name, config, split, revision))
         return datasets.Dataset.from_list([{"text": text} for text in TEXTS])
 
+    asked: list[tuple[str | None, ...]] = []
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert read("someone/something", tokenizer, split="test").examples == 3
+    assert read("someone/something", tokenizer, split="test[:10%]").examples == 3
+    whole = rows.Rows(DataSpec(path="x/y"))
+    assert [(whole.share(), row.where) for row in whole] == [(1 / 3, "row 1"), (2 / 3, "row 2"), (1.0, "row 3")]
+    asked.pop()
+    splits = read("a/b", tokenizer, config="en", revision="v2", eval_split="validation")
+    assert splits.eval is not None and (splits.examples, len(splits.eval)) == (3, 3)
+    assert asked == [
+        ("someone/something", None, "test[:10%]", None),
+        ("a/b", "en", "train", "v2"),
+        ("a/b", "en", "validation", "v2"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "flag"),
+    [({"split": "test"}, "--split"), ({"config": "en"}, "--data-config"), ({"eval_split": "test"}, "--eval-split")],
+)
+def test_a_file_has_no_splits(tmp_path: Path, tokenizer: Any, asked: dict[str, Any], flag: str) -> None:
+    with pytest.raises(InputError, match=rf"^{flag} is for data sets by name, and .*a\.jsonl is a file"):
+        read(write_jsonl(tmp_path / "a.jsonl", [{"text": "x y z"}]), tokenizer, **asked)
 
 
 def test_an_unknown_data_set_is_one_sentence(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
 
-    def load(name: str, split: str) -> Any:
+    def load(*_: Any, **__: Any) -> Any:
         raise ConnectionError("Couldn't reach it\nand a second line")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -246,6 +287,7 @@ GOOD = b'{"text": "A good row."}\n'
         (b'{"text": 5}\n', 'has a int as "text"'),
         (b'{"text": null}\n', 'has a NoneType as "text"'),
         (b'{"words": "x"}\n', 'has no "text"'),
+        (b'{"text": "cut \\ud83d in two"}\n', "has half a character .* at position 4"),
         (b"[" * 100_000 + b"\n", "is not JSON that can be read"),
         (b'{"n": ' + b"1" * 10_000 + b"}\n", "is not JSON that can be read|has no"),
     ],
@@ -298,10 +340,11 @@ def test_files_that_are_not_what_they_say(tmp_path: Path, tokenizer: Any) -> Non
     ("row", "kind", "words"),
     [
         ({"foo": "x", "bar": 1}, "auto", r"line 1, has the columns bar, foo; expected \{\"messages\""),
-        ({"conversations": []}, "auto", "columns conversations"),
-        ({"instruction": "x", "output": "y"}, "auto", "columns instruction, output"),
+        ({"question": "x", "answer": "y"}, "auto", "columns answer, question"),
+        ({"chosen": "x", "rejected": "y"}, "auto", "columns chosen, rejected"),
         ({"text": "x"}, "messages", "columns text; expected"),
         ({"prompt": "x"}, "prompt_completion", "columns prompt; expected"),
+        ({"instruction": "x"}, "alpaca", "columns instruction; expected"),
         ({"text": "x"}, "poems", "'poems' is not a kind of data"),
     ],
 )
@@ -322,14 +365,12 @@ def test_wrong_columns(tmp_path: Path, tokenizer: Any, row: dict[str, Any], kind
     ],
 )
 def test_wrong_messages(tokenizer: Any, messages: Any, words: str) -> None:
-    with pytest.raises(BadRow, match=words):
-        encoder("messages", tokenizer, DataSpec(path="x"), print)({"messages": messages})
+    assert re.search(words, refusal("messages", {"messages": messages}, tokenizer))
 
 
 def test_what_the_template_refuses_is_a_bad_row(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(BadRow, match="refused by the chat template: roles must alternate"):
-        encoder("messages", tokenizer, DataSpec(path="x"), print)({"messages": CHAT})
+    assert "refused by the chat template: roles must alternate" in refusal("messages", {"messages": CHAT}, tokenizer)
 
 
 @pytest.mark.parametrize("bad", [{"eval_fraction": 1.0}, {"eval_fraction": float("nan")}, {"on_bad_row": "maybe"}])
@@ -351,7 +392,10 @@ def test_cut_and_left_out_rows_are_counted_and_said(tmp_path: Path, tokenizer: A
     assert (splits.examples, splits.truncated, splits.skipped, splits.longest) == (2, 1, 2, 16)
     messages = " ".join(event["message"] for event in told if event["event"] == "warning")
     assert "1 rows (50.0 %) cut" in messages and "2 rows left out" in messages
-    assert told[-1]["event"] == "phase" and told[-1]["name"] == "data"
+    found = told[-1]
+    lost = len(tokenizer(long)["input_ids"]) + len(tokenizer("Short?")["input_ids"]) - 16
+    assert (found["event"], found["rows"], found["empty"], found["truncated"]) == ("data", 4, 2, 1)
+    assert found["tokens_lost"] == pytest.approx(lost, abs=2)  # a start token less, an end token more
 
 
 def test_no_usable_row_is_an_error(tmp_path: Path, tokenizer: Any) -> None:

@@ -112,6 +112,7 @@ def run_spec(params: Params, spec: ModelSpec | Outline) -> RunSpec:
         recipe=params["recipe"],
         levers=levers(params),
         padding=params["padding"],
+        packing=packing(params),
         trust_remote_code=params["trust_remote_code"],
     )
 
@@ -149,6 +150,16 @@ def batch(params: Params) -> tuple[int, int]:
     return micro, accumulation
 
 
+def packing(params: Params) -> bool:
+    """--packing, and what does not go with it."""
+    asked = bool(params["packing"])
+    if asked and params.get("attn") == "eager":
+        raise InputError("--packing needs attention that keeps documents apart, which --attn eager does not")
+    if asked and params["padding"]:
+        raise InputError("--packing and --padding exclude each other", "packed rows need no attention mask")
+    return asked
+
+
 def levers(params: Params) -> Levers:
     """The recipe's levers, with those that were given on the command line in their place."""
     from vramplan.core.recipes import RECIPES
@@ -183,24 +194,31 @@ def checkpointing(params: Params) -> str | None:
 
 def data_spec(params: Params) -> DataSpec:
     """--data and what belongs to it. A file must exist and hold something; what is no file is a data set's name."""
-    path = params["data"]
-    if not path:
+    if not params["data"]:
         raise InputError("--data is missing", "--data FILE (JSONL, Parquet, CSV or text) or a data set's name")
+    if params["eval_fraction"] and (params["eval_data"] or params["eval_split"]):
+        raise InputError("--eval-fraction excludes --eval-data and --eval-split", "say once what is held out")
+    flags = {"kind": "data_kind", "config": "data_config", "revision": "data_revision"}
+    same = {name: name for name in DataSpec.__dataclass_fields__ if name not in ("path", "eval_path", *flags)}
+    fields = {name: params[flag] for name, flag in {**same, **flags}.items()}
+    fields["path"] = data_path(params["data"], "--data")
+    if params["eval_data"]:
+        fields["eval_path"] = data_path(params["eval_data"], "--eval-data")
+    if params["group_by_length"]:
+        fields["train_sampling_strategy"] = "group_by_length"
+    return DataSpec(**fields)
+
+
+def data_path(path: str, flag: str) -> str:
+    """A file by its absolute path, looked at; a data set by its name."""
     from pathlib import Path
 
     file = Path(path).expanduser()
     if file.is_file() and file.stat().st_size == 0:
-        raise InputError(f"--data {path} is empty")
+        raise InputError(f"{flag} {path} is empty")
     if not file.exists() and (file.suffix.lower() in DATA_SUFFIXES or path.startswith((".", "/", "~"))):
-        raise InputError(f"--data {path} does not exist")
-    return DataSpec(
-        path=str(file.resolve()) if file.exists() else path,
-        kind=params["data_kind"],
-        split=params["split"],
-        text_column=params["text_column"],
-        eval_fraction=params["eval_fraction"],
-        on_bad_row=params["on_bad_row"],
-    )
+        raise InputError(f"{flag} {path} does not exist")
+    return str(file.resolve()) if file.exists() else path
 
 
 def schedule(params: Params) -> Schedule:

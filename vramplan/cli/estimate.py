@@ -23,7 +23,7 @@ def command(**params: Any) -> int:
     """Predict the memory of fine-tuning MODEL: a built-in name, a Hub id, or a path to config.json or its folder."""
     if params["full_depth"] and not params["trace"]:
         raise InputError("--full-depth is about tracing", "add --trace")
-    cards = build.cards(params["gpu"])
+    cards = _able(build.cards(params["gpu"]), packing=params["packing"])
     chip = next((card for card, named in cards if named), None)
     ledger, spec = _traced(params, chip) if params["trace"] else _played(params, chip)
     verdicts = _judge(ledger, spec, [card for card, _ in cards])
@@ -40,6 +40,18 @@ def command(**params: Any) -> int:
         named and verdict.verdict == "does_not_fit" for (_, named), verdict in zip(cards, verdicts, strict=True)
     )
     return DOES_NOT_FIT if refused else OK
+
+
+def _able(cards: list[tuple[GpuProfile, bool]], *, packing: bool) -> list[tuple[GpuProfile, bool]]:
+    """Without the cards of `--gpu all` on which packed rows cannot run; a card that was named is refused later."""
+    if not packing:
+        return cards
+    from vramplan.core.varlen import CAPABILITY
+
+    old = [card.key for card, named in cards if not named and card.compute_capability < CAPABILITY]
+    if old:
+        build.note(f"packing needs compute capability {'.'.join(map(str, CAPABILITY))}: {', '.join(old)} left out")
+    return [(card, named) for card, named in cards if card.key not in old]
 
 
 def _played(params: dict[str, Any], chip: GpuProfile | None) -> tuple[Ledger, ModelSpec]:

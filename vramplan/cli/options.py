@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 
-from vramplan.core.types import ALLOCATORS, ATTENTIONS, KERNELS, LOSSES, OPTIMIZERS, UPCASTS
+from vramplan.core.types import (
+    ALLOCATORS,
+    ATTENTIONS,
+    DATA_KINDS,
+    KERNELS,
+    LOSSES,
+    OPTIMIZERS,
+    SAMPLINGS,
+    TRUNCATIONS,
+    UPCASTS,
+)
 from vramplan.errors import InputError
 
 if TYPE_CHECKING:
@@ -201,6 +211,8 @@ RUN: Section = (
          help="lean: ours. peft: the tutorials' stock run."),
     _run("--double-quant/--no-double-quant", default=True, show_default=True, help="Quantise the constants too."),
     _run("--padding/--no-padding", default=False, show_default=True, help="Batches hold padding (attention mask)."),
+    _run("--packing/--no-packing", default=False, show_default=True,
+         help="Several documents in a row, which do not see each other."),
     _run("--model-path", metavar="PATH", help="Where the weights are, when not at MODEL: folder, Hub id, GGUF file."),
     _run("--trust-remote-code", is_flag=True, help="Let the model's repository run its own code."),
 )  # fmt: skip
@@ -246,14 +258,30 @@ GPU_INDEX: Section = (
 
 DATA: Section = (
     _data("--data", metavar="FILE|DATASET", help="JSONL, Parquet, CSV or text file, or a data set's name."),
-    _data("--data-kind", type=click.Choice(("auto", "messages", "prompt_completion", "text")), default="auto",
-          show_default=True, help="What a row holds."),
+    _data("--data-kind", type=OneOf(DATA_KINDS, "kind of data"), default="auto", show_default=True,
+          metavar="NAME", help=f"What a row holds: {', '.join(DATA_KINDS)}."),
     _data("--text-column", default="text", show_default=True, metavar="NAME", help="Column of plain text."),
-    _data("--split", default="train", show_default=True, metavar="NAME", help="Split of the data set."),
+    _data("--split", default="train", show_default=True, metavar="NAME",
+          help="Split of the data set, also a part of it: train[:10%]."),
+    _data("--data-config", metavar="NAME", help="Configuration of the data set."),
+    _data("--data-revision", metavar="REV", help="Branch, tag or commit of the data set."),
+    _data("--eval-data", metavar="FILE|DATASET", help="Rows to measure the loss on."),
+    _data("--eval-split", metavar="NAME", help="Split of the data set to measure the loss on."),
     _data("--eval-fraction", type=Number(0, 1, high_open=True), default=0.0, show_default=True,
           help="Share of rows held out to measure the loss."),
+    _data("--truncation", type=click.Choice(TRUNCATIONS), default="cut", show_default=True,
+          help="What a row over --seq-len does."),
     _data("--on-bad-row", type=click.Choice(("fail", "skip")), default="fail", show_default=True,
           help="What a row that cannot be used does."),
+    _data("--assistant-only-loss/--no-assistant-only-loss", default=True, show_default=True,
+          help="Of a conversation learn only what the assistant says."),
+    _data("--completion-only-loss/--no-completion-only-loss", default=True, show_default=True,
+          help="Of prompt and completion learn only the completion."),
+    _data("--train-sampling-strategy", type=click.Choice(SAMPLINGS), default="random", show_default=True,
+          help="Order of the rows."),
+    _data("--group-by-length", is_flag=True, help="The same as --train-sampling-strategy group_by_length."),
+    _data("--show-samples", type=Whole(0, 1000), default=0, show_default=True,
+          help="Show so many rows as the model sees them."),
 )  # fmt: skip
 
 OUTPUT: Section = (
@@ -277,6 +305,7 @@ FIT: Section = (
 TRAIN: Section = (
     _run("--effective-batch-size", type=Whole(), help="Micro-batch x accumulation, exactly."),
     _run("--random-weights", is_flag=True, help="Build the model from its config alone: memory and speed only."),
+    _out("--data-only", is_flag=True, help="Read and show the data, load no model, stop."),
     _run("--force", is_flag=True, help="Start although the prediction does not fit this machine's card."),
     _out("-o", "--output", metavar="RUN_DIR", help="Run folder.  [default: runs/MODEL-TIME]"),
     _out("--resume", is_flag=True, help="Go on from the last checkpoint in RUN_DIR."),

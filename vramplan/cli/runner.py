@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -61,6 +62,30 @@ def run_training(
         click.echo(error_line(outcome.message or f"the training process ended with {code}", outcome.hint), err=True)
         if code == ENDED_IN_OOM:
             _explain_oom(run_dir, run, plan, ledger, as_json=as_json, width=width)
+        build.note(f"log: {run_dir / 'log.txt'}")
+    return code
+
+
+def show_data(run_dir: Path, run: RunSpec, plan: Plan | None, *, as_json: bool, width: int | None) -> int:
+    """Have the child read the data and show it; nothing is loaded or trained. Returns the exit code."""
+    from vramplan.launch import launch, prepare_run_dir
+    from vramplan.report.live import make_display
+
+    summary: dict[str, Any] = {}
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event.get("event") == "data":
+            summary.update(event)
+        display.on_event(event)
+
+    prepare_run_dir(run_dir, run, plan, resume=False)
+    with make_display(sys.stderr, 0, width=width) as display:
+        outcome = launch(run_dir, data_only=True, on_event=on_event)
+    code = outcome.exit_code if outcome.exit_code in KNOWN_EXITS else OUR_ERROR
+    if as_json:
+        print_json({"run_dir": str(run_dir), "ended": outcome.ended, "exit_code": code, "data": summary or None})
+    if code != OK:
+        click.echo(error_line(outcome.message or f"the training process ended with {code}", outcome.hint), err=True)
         build.note(f"log: {run_dir / 'log.txt'}")
     return code
 

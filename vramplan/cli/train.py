@@ -15,21 +15,17 @@ from vramplan.core.types import Ledger, ModelSpec, Plan, RunSpec, Schedule
 from vramplan.errors import DoesNotFit, InputError, VramplanError
 
 SHAPING = (  # what a plan has settled
-    "batch_size", "accumulation", "effective_batch_size", "seq_len", "recipe", "double_quant", "padding", "lora_r",
-    "lora_alpha", "lora_targets", "lora_dropout", "upcast", "loss", "checkpointing", "gradient_checkpointing",
-    "checkpoint_offload", "optim", "attn", "allocator", "kernels",
+    "batch_size", "accumulation", "effective_batch_size", "seq_len", "recipe", "double_quant", "padding", "packing",
+    "lora_r", "lora_alpha", "lora_targets", "lora_dropout", "upcast", "loss", "checkpointing",
+    "gradient_checkpointing", "checkpoint_offload", "optim", "attn", "allocator", "kernels",
 )  # fmt: skip
 
 DATA_FLAGS = (
-    "data",
-    "data_kind",
-    "text_column",
-    "split",
+    "data", "data_kind", "text_column", "split", "data_config", "data_revision", "eval_data", "eval_split",
     "eval_fraction",
-    "on_bad_row",
-    "model_path",
-    "random_weights",
-)
+    "truncation", "on_bad_row", "assistant_only_loss", "completion_only_loss", "train_sampling_strategy",
+    "group_by_length", "show_samples", "data_only", "model_path", "random_weights",
+)  # fmt: skip
 
 EXAMPLE = "Example: vramplan train plan.json --data conversations.jsonl -o runs/first"
 
@@ -43,6 +39,8 @@ def command(ctx: click.Context, /, **params: Any) -> int:
     """Fine-tune MODEL, or carry out a plan that `vramplan fit -o` wrote."""
     runner.require_extra("vramplan train")
     run_dir, run, plan = _what(ctx, params)
+    if params["data_only"]:
+        return runner.show_data(run_dir, run, plan, as_json=params["as_json"], width=params["width"])
     ledger = _price(run, plan, force=params["force"])
     build.warn(*ledger.warnings, *_evaluation_warnings(run))
     return runner.run_training(

@@ -18,6 +18,7 @@ from .parallel_blocks import cohere_block, falcon_block, neox_block, phi_block, 
 from .sublayers import attention, mlp
 from .tape import Tape, Tensor
 from .types import GpuProfile, ModelSpec, RunSpec, Unplannable
+from .varlen import refuse_unpackable, varlen
 
 PLAYED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3",
           "granite", "starcoder2", "gpt_neox", "mixtral", "qwen3_moe", "olmoe", "falcon", "stablelm", "cohere",
@@ -47,6 +48,8 @@ class Player:
                 f"the training step of architecture {spec.model_type!r} ({spec.architecture}) is not described yet",
                 "known: " + ", ".join(PLAYED),
             )
+        if run.packing:
+            refuse_unpackable(spec, run, gpu.compute_capability)
         self.tape = tape
         self.spec = spec
         self.run = run
@@ -148,7 +151,10 @@ class Player:
                 self.tape, query, key, value, self.heads, mask, cap, self.spec.attention_dropout
             )
             return out
-        out = sdpa(self.tape, query, key, value, self.heads, self.kernels[mask is not None], mask)
+        if self.run.packing:
+            out = varlen(self.tape, query, key, value, self.heads)
+        else:
+            out = sdpa(self.tape, query, key, value, self.heads, self.kernels[mask is not None], mask)
         return contiguous(self.tape, out, "attention by token")
 
     def residual_dropout(self, x: Tensor) -> Tensor:

@@ -15,6 +15,10 @@ Change = Callable[[RunSpec], RunSpec]
 
 ROOMY = 0.97  # of the budget: a fix below is preferred to one that only just fits
 LEAST_SEQ_LEN = 128
+DATA_FLAGS = {"kind": "--data-kind", "split": "--split", "config": "--data-config", "revision": "--data-revision",
+              "text_column": "--text-column", "eval_path": "--eval-data", "eval_split": "--eval-split",
+              "eval_fraction": "--eval-fraction", "on_bad_row": "--on-bad-row", "truncation": "--truncation",
+              "train_sampling_strategy": "--train-sampling-strategy"}  # fmt: skip
 LEANER_OPTIMIZER = {  # the same rule with states of 8 bits, in memory that can be paged out
     "adamw_torch_fused": "paged_adamw_8bit",
     "adamw_torch": "paged_adamw_8bit",
@@ -203,12 +207,14 @@ def command(run: RunSpec) -> str:
     words += _lever_flags(run.levers, RECIPES[recipe])
     words += [] if run.double_quant else ["--no-double-quant"]
     words += ["--padding"] if run.padding else []
+    words += ["--packing"] if run.packing else []
     words += ["--model-path", run.model_path] if run.model_path and not run.random_weights else []
     words += ["--trust-remote-code"] if run.trust_remote_code else []
     words += ["--random-weights"] if run.random_weights else []
     if run.data is not None:
-        words += _differing(run.data, {"kind": "--data-kind", "split": "--split", "text_column": "--text-column",
-                                       "eval_fraction": "--eval-fraction", "on_bad_row": "--on-bad-row"})  # fmt: skip
+        words += _differing(run.data, DATA_FLAGS)
+        words += [word for name in ("assistant_only_loss", "completion_only_loss") if not getattr(run.data, name)
+                  for word in ("--no-" + name.replace("_", "-"),)]  # fmt: skip
     words += _differing(run.schedule, {f: "--" + f.replace("_", "-") for f in Schedule.__dataclass_fields__})
     return " ".join(shlex.quote(word) for word in words)
 

@@ -12,13 +12,14 @@ from .types import ModelSpec, RunSpec
 
 def padded(run: RunSpec) -> bool:
     """Whether attention must know of padding. With the fused loss the trainer leaves the mask out: padding comes last,
-    attention is causal and padded positions carry no label, so no real token sees it."""
-    return run.padding and run.levers.loss == "full"
+    attention is causal and padded positions carry no label, so no real token sees it. In packed rows padding is one
+    more document."""
+    return run.padding and run.levers.loss == "full" and not run.packing
 
 
 def mask_given(run: RunSpec) -> bool:
     """Whether the model is given an `attention_mask`: a bool mask is then made for every sequence, else for one."""
-    return padded(run) or (run.driver == "trainer" and run.levers.loss == "full")
+    return padded(run) or (run.driver == "trainer" and run.levers.loss == "full" and not run.packing)
 
 
 def always_masked(spec: ModelSpec, run: RunSpec) -> bool:
@@ -27,8 +28,9 @@ def always_masked(spec: ModelSpec, run: RunSpec) -> bool:
 
 
 def is_local(spec: ModelSpec, run: RunSpec, layer: int) -> bool:
-    """Whether this layer's window is not longer than the sequence."""
-    if spec.sliding_window is None or run.seq_len < spec.sliding_window:
+    """Whether this layer's window is not longer than the sequence, so that it needs a mask; with packed rows the kernel
+    itself knows windows."""
+    if spec.sliding_window is None or run.seq_len < spec.sliding_window or run.packing:
         return False
     return not spec.layer_types or spec.layer_types[layer % len(spec.layer_types)] == "sliding_attention"
 

@@ -46,7 +46,8 @@ class Quick:
     def _played(self, run: RunSpec, gpu: GpuProfile) -> tuple[int, Unrolled]:
         chip = gpu.compute_capability[0] if run.micro_batch_size * run.seq_len > 1536 else (
             gpu.compute_capability, gpu.sm_count)  # fmt: skip
-        shape = (run.micro_batch_size, run.seq_len, min(run.accumulation, 2), run.padding, run.driver)
+        shape = (run.micro_batch_size, run.seq_len, min(run.accumulation, 2), run.padding, run.packing,
+                 run.driver)  # fmt: skip
         key = (shape, run.levers, run.lora, run.double_quant, chip)
         if key not in self.known:
             unrolled = play(self.model, run, gpu)

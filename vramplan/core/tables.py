@@ -72,13 +72,15 @@ def mask_with_padding(tape: Tape, batch: int, seq: int, local: bool) -> Tensor:
 
 
 def rotary_tables(tape: Tape, spec: ModelSpec, run: RunSpec, dtype: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """cos and sin [S, rotary width] for each kind of layer."""
+    """cos and sin for each kind of layer: [S, rotary width], or [B * S, ...] where every row has its own positions."""
     return {kind: rotary_table(tape, spec, run, dtype) for kind in arch.rotary_kinds(spec)}
 
 
 def rotary_table(tape: Tape, spec: ModelSpec, run: RunSpec, dtype: str) -> tuple[Tensor, Tensor]:
     """`LlamaRotaryEmbedding.forward`: computed in float32; its locals live until it returns."""
     seq, width = run.seq_len, int(spec.head_dim * spec.partial_rotary_factor)
+    if run.packing:
+        seq *= run.micro_batch_size
     position_ids_expanded = tape.new("position ids in fp32", 1, seq, FP32)
     freqs = tape.new("rotary angles", width // 2, seq, FP32)
     tape.product()

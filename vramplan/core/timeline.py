@@ -23,6 +23,7 @@ from .tables import make_mask, position_ids, rotary_tables
 from .tape import Leaf, Recorder, Tape, Tensor
 from .types import GpuProfile, ModelSpec, RunSpec
 from .unroll import Unrolled
+from .varlen import borders
 
 # Families whose decoder makes both masks, also where all layers are of one kind.
 BOTH_MASKS = ("ministral", "cohere2", "olmo3", "gemma2", "gemma3_text")
@@ -50,6 +51,7 @@ class Step:
         self.rec = Recorder()
         self.tape = Tape(self.rec, gpu.compute_capability)
         self.player = Player(self.tape, spec, run, gpu)
+        self.positions: Tensor | None = None  # a packed batch brings its own
         self.wide = FP32 if run.levers.upcast == "all" else BF16
         lora = run.lora
         fuses = self.player.fuses
@@ -97,13 +99,8 @@ class Step:
         tokens = self.player.tokens
         self.rec.scope = "activations.inputs"
         ids = tape.new("input_ids", run.micro_batch_size, run.seq_len, "int64")
-        batch = []
-        if run.driver == "trainer":
-            batch = [
-                tape.new(name, run.micro_batch_size, run.seq_len, "int64") for name in ("labels", "attention_mask")
-            ]
-            if run.levers.loss == "full":
-                batch.append(tape.new("num_items_in_batch", 1, 1, "int64"))
+        batch = self.batch()
+        self.positions = batch[1] if run.packing else None
         self.rec.mark("forward embed")
         tape.in_backward = False
         tape.cast_cache = {}
@@ -125,8 +122,23 @@ class Step:
         self.rec.mark("backward end")
         self.player.forget()
         tape.in_backward = False
+        self.positions = None
         del ids, batch
         return root
+
+    def batch(self) -> list[Tensor]:
+        """What comes with the ids: labels, then a mask or the borders of packed documents. The loop's labels are the
+        ids themselves, unless some of them must not be learned."""
+        run, tape = self.run, self.tape
+        names: tuple[str, ...] = ("labels", "attention_mask") if run.driver == "trainer" else ()
+        if run.packing:
+            names = ("labels",)
+        batch = [tape.new(name, run.micro_batch_size, run.seq_len, "int64") for name in names]
+        if run.packing:
+            batch += borders(tape, run)
+        if run.driver == "trainer" and run.levers.loss == "full":
+            batch.append(tape.new("num_items_in_batch", 1, 1, "int64"))
+        return batch
 
     def outputs_to_fp32(self, outputs: list[Tensor]) -> list[Tensor]:
         """accelerate's `convert_outputs_to_fp32` copies the logits once more, though nobody asked for them."""
@@ -164,8 +176,8 @@ class Step:
     def decoder(self, tokens: int) -> Tensor:
         tape, player, spec = self.tape, self.player, self.spec
         inputs_embeds = self.embed(tokens)
-        positions = position_ids(tape, self.run)
-        masks = self.masks()
+        positions = self.positions or position_ids(tape, self.run)
+        masks = {} if self.run.packing else self.masks()
         inputs_embeds = dropout(tape, inputs_embeds, spec.embedding_dropout)
         tables = rotary_tables(tape, spec, self.run, self.wide)
         hidden_states = inputs_embeds

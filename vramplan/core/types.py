@@ -49,6 +49,9 @@ REPORTERS = ("tensorboard", "wandb", "trackio")
 MERGE_DTYPES = ("bfloat16", "float16", "float32")
 MERGE_BASES = ("original", "nf4")  # the base's own weights, or as NF4 rounded them
 ON_NAN = ("stop", "skip")
+DATA_KINDS = ("auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text", "tokens")
+TRUNCATIONS = ("cut", "split", "drop", "error")
+SAMPLINGS = ("random", "sequential", "group_by_length")
 VERDICTS = ("fits", "tight", "does_not_fit")
 BASES = ("exact", "modelled", "measured")
 
@@ -185,14 +188,28 @@ class Levers(Value):
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class DataSpec(Value):
-    """Training data: a JSONL, Parquet, CSV or text file, or the name of a `datasets` data set."""
+    """Training data: a JSONL, Parquet, CSV or text file, or the name of a `datasets` data set.
+
+    `config`, `revision` and `split` (with a slice, as "train[:10%]") are those of a data set. Held out are a share of
+    the rows, or rows of their own: `eval_path`, or another split of the same data set. Names that TRL and transformers
+    have are theirs.
+    """
 
     path: str
-    kind: str = "auto"  # auto | messages | prompt_completion | text
+    kind: str = "auto"  # see DATA_KINDS
     split: str = "train"
     text_column: str = "text"
     eval_fraction: float = 0.0
     on_bad_row: str = "fail"  # fail | skip
+    config: str | None = None
+    revision: str | None = None
+    eval_path: str | None = None
+    eval_split: str | None = None
+    truncation: str = "cut"  # what a row over seq_len does: see TRUNCATIONS
+    assistant_only_loss: bool = True  # of a conversation: learn what the assistant says, or all
+    completion_only_loss: bool = True  # of prompt and completion: learn the completion, or both
+    train_sampling_strategy: str = "random"  # see SAMPLINGS
+    show_samples: int = 0  # rows to show as the model sees them, before training
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
@@ -254,6 +271,7 @@ class RunSpec(Value):
     levers: Levers = field(default_factory=Levers)
     driver: str = "trainer"
     padding: bool = False  # batches hold padding, so that attention needs a mask
+    packing: bool = False  # rows of exactly seq_len tokens hold several documents, which do not see each other
     trust_remote_code: bool = False
     random_weights: bool = False  # build the model from its config alone: memory and speed, no language
     data: DataSpec | None = None

@@ -26,11 +26,17 @@ OnEvent = Callable[[dict[str, Any]], None]
 
 
 def launch(
-    run_dir: Path, *, resume: bool = False, measure: bool = False, on_event: OnEvent = lambda event: None
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    measure: bool = False,
+    data_only: bool = False,
+    on_event: OnEvent = lambda event: None,
 ) -> Outcome:
     """Run the child in a folder that `prepare_run_dir` made; returns when it has ended, however it did.
 
-    With `measure` it plays a few steps on random tokens and saves nothing (`train/measure.py`).
+    With `measure` it plays a few steps on random tokens and saves nothing (`train/measure.py`), with `data_only` it
+    reads the data and loads no model.
     `on_event` gets each event of `progress.jsonl` as it appears. The first Ctrl-C (or SIGTERM) lets the child save its
     state, the second ends it. MissingExtra if the training libraries are not installed, InputError if the folder is
     in use or holds no run.
@@ -38,7 +44,8 @@ def launch(
     _require_libraries()
     run_dir = run_dir.absolute()
     run = records.read_json(run_dir / "run.json", RunSpec)
-    command = [*_command(run_dir, resume), *(["--measure"] if measure else [])]
+    modes = {"--measure": measure, "--data-only": data_only}
+    command = [*_command(run_dir, resume), *(flag for flag, wanted in modes.items() if wanted)]
     with Lock(run_dir) as lock:
         return _Watch(run_dir, on_event, lock).run(command, _environment(run, os.environ), resume)
 

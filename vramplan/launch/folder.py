@@ -49,12 +49,19 @@ def prepare_run_dir(
 
 def _with_fixed_paths(run_dir: Path, run: RunSpec) -> RunSpec:
     """Files by their absolute paths, so that --resume works from any folder; random weights by their config."""
-    if run.data is not None and Path(run.data.path).expanduser().exists():
-        run = replace(run, data=replace(run.data, path=_absolute(run.data.path)))
+    if run.data is not None:
+        run = replace(run, data=replace(run.data, path=_fixed(run.data.path)))
+    if run.data is not None and run.data.eval_path:
+        run = replace(run, data=replace(run.data, eval_path=_fixed(run.data.eval_path)))
     if run.random_weights:
         return replace(run, model_path=_absolute(run_dir / "model"))
     path = run.model_path or run.model
     return replace(run, model_path=_absolute(path)) if Path(path).expanduser().exists() else run
+
+
+def _fixed(path: str) -> str:
+    """A file that is there by its absolute path, the name of a data set as it is."""
+    return _absolute(path) if Path(path).expanduser().exists() else path
 
 
 def _absolute(path: Path | str) -> str:

@@ -75,8 +75,9 @@ def run_line(ledger: Ledger) -> str:
     run = ledger.run
     accumulation = f" x {run.accumulation} accumulated" if run.accumulation > 1 else ""
     targets = ",".join(run.lora.targets)
+    packed = " packed" if run.packing else ""
     return (
-        f"{ledger.model.name}, {run.micro_batch_size} x {run.seq_len} tokens{accumulation}, "
+        f"{ledger.model.name}, {run.micro_batch_size} x {run.seq_len} tokens{packed}{accumulation}, "
         f"r={run.lora.r} on {targets}, recipe {run.recipe}"
     )
 
@@ -89,7 +90,9 @@ def next_step(ledger: Ledger, verdicts: Sequence[GpuVerdict]) -> tuple[str, str]
     batch = max(run.micro_batch_size * run.accumulation, 16)
     fitting = [verdict for verdict in verdicts if verdict.verdict != "does_not_fit"]
     card = min(fitting or verdicts, key=lambda verdict: verdict.usable_bytes).gpu
-    return "Levers and micro-batch for a card:", f"vramplan fit {run.model} --effective-batch-size {batch} --gpu {card}"
+    packing = " --packing" if run.packing else ""
+    command = f"vramplan fit {run.model} --effective-batch-size {batch} --gpu {card}{packing}"
+    return "Levers and micro-batch for a card:", command
 
 
 def ledger_table(screen: Console, ledger: Ledger) -> tuple[Table, int]:

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Protocol, TextIO
 
 from vramplan.core.units import human
+from vramplan.report.data import progress_text, show_sample, summary_text
 from vramplan.report.fields import number as _float
 from vramplan.report.fields import one_line
 from vramplan.report.fields import whole as _int
@@ -69,6 +70,10 @@ class PlainDisplay:
             from vramplan.report.tables import console
 
             show_audit(console(self.stream, self.width), event)
+        elif event.get("event") == "sample_row":
+            from vramplan.report.tables import console
+
+            show_sample(console(self.stream, self.width), event)
         else:
             self._say(event_text(event))
 
@@ -126,6 +131,8 @@ class LiveDisplay:
             from vramplan.report.audit import show_audit
 
             show_audit(self.screen, event)
+        elif event.get("event") == "sample_row":
+            show_sample(self.progress.console, event)
         elif text := event_text(event):
             if event.get("event") == "phase":
                 self.progress.update(self.task, description=text)
@@ -170,6 +177,11 @@ def event_text(event: Event) -> str | None:
         return one_line(f"warning: {event.get('message', '')}")
     if isinstance(kind, str) and kind in TEXTS:
         return one_line(TEXTS[kind](event))
+    if kind == "data":
+        return summary_text(event)
+    if kind == "progress":
+        left = _float(event.get("eta_s"))
+        return progress_text(event, None if left is None else clock(left))
     if kind == "sample":
         return one_line(f"sample: {event.get('text', '')}")
     return None

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vramplan.core.attention import Heads, kernel_scratch
+from vramplan.core.varlen import varlen_scratch
 from vramplan.trace.recorder import Rule, Tracker
 from vramplan.trace.rules import tracked
 
@@ -153,7 +154,23 @@ def _backward(kernel: str) -> Rule:
     return rule
 
 
+def _varlen_forward(tr: Tracker, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    tr.kernels["varlen"] = tr.kernels.get("varlen", 0) + 1
+    return tracked(tr, func, args, kwargs)
+
+
+def _varlen_backward(tr: Tracker, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Packed rows: all tokens of the batch as one sequence [B * S, h, D]."""
+    q, k, edges = args[1], args[2], args[6]
+    heads = Heads(1, q.shape[0], q.shape[1], k.shape[1], q.shape[2])
+    out = tracked(tr, func, args, kwargs)
+    with tr.scratch(*varlen_scratch(heads, edges.numel() - 1), name="varlen attention scratch"):
+        return out
+
+
 RULES: dict[Any, Rule] = {
+    aten._flash_attention_forward.default: _varlen_forward,
+    aten._flash_attention_backward.default: _varlen_backward,
     aten._scaled_dot_product_flash_attention_backward.default: _backward("flash"),
     aten._scaled_dot_product_cudnn_attention_backward.default: _backward("cudnn"),
     aten._scaled_dot_product_efficient_attention_backward.default: _backward("efficient"),

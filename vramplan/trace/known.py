@@ -44,7 +44,8 @@ SPOKEN = {
 # fmt: off
 OPERATIONS = frozenset({
     "aten._foreach_add_", "aten._foreach_addcdiv_", "aten._foreach_addcmul_", "aten._foreach_div_",
-    "aten._foreach_lerp_", "aten._foreach_mul_", "aten._foreach_sqrt", "aten._fused_adamw_", "aten._grouped_mm",
+    "aten._flash_attention_backward", "aten._flash_attention_forward", "aten._foreach_lerp_", "aten._foreach_mul_",
+    "aten._foreach_sqrt", "aten._fused_adamw_", "aten._grouped_mm",
     "aten._local_scalar_dense", "aten._log_softmax", "aten._log_softmax_backward_data", "aten._safe_softmax",
     "aten._scaled_dot_product_cudnn_attention", "aten._scaled_dot_product_cudnn_attention_backward",
     "aten._scaled_dot_product_efficient_attention", "aten._scaled_dot_product_efficient_attention_backward",

@@ -18,9 +18,11 @@ from transformers.pytorch_utils import Conv1D
 
 from vramplan.core.timeline import checkpoint_period
 from vramplan.core.types import RunSpec, Unplannable
+from vramplan.errors import InputError
 from vramplan.trace.attention import DEVICE
 from vramplan.trace.patches import fake_params4bit
 from vramplan.trace.recorder import OUTSIDE, Tracker
+from vramplan.train.varlen import implementation
 
 PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")  # lists in a config, one entry a layer
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -56,12 +58,12 @@ def configuration(config: dict[str, Any], layers: int | None) -> Any:
 
 def skeleton(config: Any, run: RunSpec) -> Any:
     """The model on the meta device: shapes, no storage."""
-    config._attn_implementation = run.levers.attention
     try:
+        config._attn_implementation = attention = implementation(run)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config, dtype=torch.bfloat16, attn_implementation=run.levers.attention
-            )
+            return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+    except InputError as error:
+        raise Unplannable(error.message, error.hint) from error
     except ValueError as error:
         if "attention implementation" not in str(error):
             raise Unplannable(f"transformers cannot build this model: {str(error)[:200]}") from error

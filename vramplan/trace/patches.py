@@ -24,6 +24,7 @@ from vramplan.trace import fused
 from vramplan.trace.attention import DEVICE, Attention, dropout
 from vramplan.trace.autocast import cuda_lists
 from vramplan.trace.recorder import Tracker
+from vramplan.train import varlen
 
 MISSING = object()
 
@@ -84,6 +85,7 @@ def _replacements(tracker: Tracker, padded: bool) -> list[tuple[Any, str, Any]]:
         (torch.utils, "swap_tensors", _swap),
         (functional, "dropout", dropout),
         (functional, "scaled_dot_product_attention", Attention(tracker)),
+        (varlen, "flash_fits", yes),
         (masking_utils, "is_tracing", no),  # a FakeTensor counts as tracing, which always makes a mask
         (masking_utils, "find_packed_sequence_indices", nothing),
         (masking_utils, "fast_all", lambda mask: not padded),  # a mask without data: the run says what is in it

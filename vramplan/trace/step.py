@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from vramplan.core.masks import padded
 from vramplan.core.tape import Recorder
 from vramplan.core.types import GpuProfile, ModelSpec, RunSpec, Unplannable
+from vramplan.core.varlen import documents
 from vramplan.trace import attention, rules
 from vramplan.trace import model as models
 from vramplan.trace.attention import DEVICE
@@ -27,6 +28,7 @@ from vramplan.trace.patches import like_cuda
 from vramplan.trace.recorder import OUTSIDE, Tracker
 from vramplan.train.fast.install import Fused
 from vramplan.train.fused_loss import decoder_of, fused_cross_entropy, head_of
+from vramplan.train.varlen import arguments
 
 
 def trace(config: dict[str, Any], run: RunSpec, gpu: GpuProfile, layers: int, spec: ModelSpec | None = None) -> Tracker:
@@ -140,9 +142,14 @@ class TracedStep:
     def batch(self) -> dict[str, Any]:
         run = self.run
         ids = torch.zeros(run.micro_batch_size, run.seq_len, dtype=torch.long, device=DEVICE)
+        if run.packing:
+            inputs = {"input_ids": ids, "labels": torch.zeros_like(ids), **borders(run)}
+        elif run.driver == "loop":
+            inputs = {"input_ids": ids, "labels": ids}
+        else:
+            inputs = {"input_ids": ids, "labels": torch.zeros_like(ids), "attention_mask": torch.ones_like(ids)}
         if run.driver == "loop":
-            return {"input_ids": ids, "labels": ids, "use_cache": False}
-        inputs = {"input_ids": ids, "labels": torch.zeros_like(ids), "attention_mask": torch.ones_like(ids)}
+            return {**inputs, "use_cache": False}
         if run.levers.loss == "full":
             inputs["num_items_in_batch"] = torch.zeros((), dtype=torch.long, device=DEVICE)
         return inputs
@@ -153,7 +160,8 @@ class TracedStep:
             return output
         labelled = self.run.micro_batch_size * (self.run.seq_len - 1)  # `labelled_rows` of plain text
         rows, targets = (torch.zeros(labelled, dtype=torch.long, device=DEVICE) for _ in range(2))
-        hidden = decoder_of(self.model.get_base_model())(input_ids=inputs["input_ids"], use_cache=False)[0]
+        decoder = decoder_of(self.model.get_base_model())
+        hidden = decoder(input_ids=inputs["input_ids"], use_cache=False, **arguments(inputs))[0]
         return {"loss": fused_cross_entropy(hidden, rows, targets, self.head, 1.0)}
 
     # ---------------------------------------------------------------------------------------------------- hooks
@@ -213,6 +221,14 @@ class TracedStep:
     def _layer_backward(self, index: int) -> None:
         self.tracker.recomputing = False
         self.tracker.at(index)
+
+
+def borders(run: RunSpec) -> dict[str, Any]:
+    """What a packed batch brings, with as many documents as there can be."""
+    edges = documents(run.micro_batch_size, run.seq_len) + 1
+    positions = torch.zeros(run.micro_batch_size, run.seq_len, dtype=torch.long, device=DEVICE)
+    cumulative = {f"cu_seq_lens_{side}": torch.zeros(edges, dtype=torch.int32, device=DEVICE) for side in "qk"}
+    return {"position_ids": positions, **cumulative, "max_length_q": run.seq_len, "max_length_k": run.seq_len}
 
 
 def layers_of(model: nn.Module, count: int) -> nn.ModuleList:

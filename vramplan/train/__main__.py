@@ -1,4 +1,4 @@
-"""`python -m vramplan.train RUN_DIR [--resume | --measure]`: the training child.
+"""`python -m vramplan.train RUN_DIR [--resume | --measure | --data-only]`: the training child.
 
 Reads RUN_DIR/run.json and writes progress.jsonl, measurement.jsonl, log.txt, checkpoints/ and adapter/. Exit codes:
 0 finished, 1 our error, 2 bad input, 4 out of memory, 130 interrupted (state saved). torch is imported only after
@@ -21,8 +21,8 @@ from vramplan.sources import records
 from vramplan.train.outcome import Outcome, StopSignal, outcome_of
 from vramplan.train.progress import Lock, Progress
 
-FLAGS = ("--resume", "--measure")
-USAGE = "usage: python -m vramplan.train RUN_DIR [--resume | --measure]"
+FLAGS = ("--resume", "--measure", "--data-only")
+USAGE = "usage: python -m vramplan.train RUN_DIR [--resume | --measure | --data-only]"
 
 
 def main(arguments: list[str]) -> int:
@@ -52,6 +52,10 @@ def _run(run_dir: Path, flags: list[str], console: TextIO) -> int:
             from vramplan.train.measure import cuda_device, measure  # imports torch, as finetune does
 
             message = measure(run, run_dir, cuda_device(), progress=progress, stop=stop)
+        elif "--data-only" in flags:
+            from vramplan.train.reading import look_at_data
+
+            message = look_at_data(run, run_dir, progress)
         else:
             from vramplan.train.finetune import finetune
 

@@ -1,28 +1,19 @@
-"""One row of training data -> token ids and which of them are learned. Three kinds of rows:
+"""Conversations through the tokenizer's chat template: the text, and where in it the assistant's words are.
 
-- `messages`: {"messages": [{"role": ..., "content": ...}, ...]}: the assistant's words are learned;
-- `prompt_completion`: {"prompt": text, "completion": text}: the completion and the end-of-text token are learned;
-- `text`: {text_column: text}: all is learned, an end-of-text token is appended.
+Templates that mark those words with {% generation %} say so themselves; of others an assistant turn is what the text
+grows by when that turn is added.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
-from vramplan.core.types import DataSpec
 from vramplan.errors import InputError
+from vramplan.train.kinds import ASSISTANT, BadRow, Conversation
 
-KINDS = ("messages", "prompt_completion", "text")
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_EXPECTED = {
-    "messages": '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}',
-    "prompt_completion": '{"prompt": ..., "completion": ...}',
-    "text": "{TEXT_COLUMN: ...}",
-}
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # For tokenizers without a chat template (base models). It is stored in the tokenizer, so that the saved adapter
 # carries it and is used with the words it was trained on.
@@ -33,211 +24,123 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% else %}{{ message['content'] }}{% endif %}{{ '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
 )
+_END_OF_THOUGHT = "</think>"
 
-
-class BadRow(ValueError):
-    """This row cannot be used; the text says why and follows "line 3 "."""
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
-    """Token ids of one row, and for each whether the loss counts it."""
+class Rendered:
+    """A conversation as text; learned is what lies in the spans of characters."""
 
-    input_ids: list[int]
-    learned: list[bool]
-
-
-Encoder = Callable[[dict[str, Any]], Encoded]
+    text: str
+    spans: list[Span]
 
 
-def detect_kind(row: dict[str, Any], data: DataSpec, where: str) -> str:
-    """The kind of rows that `row`, the first usable one, shows; an explicit `data.kind` is only checked.
-
-    `where` names file and row in the InputError for columns that fit no kind.
-    """
-    expected = {kind: text.replace("TEXT_COLUMN", f'"{data.text_column}"') for kind, text in _EXPECTED.items()}
-    if data.kind not in ("auto", *KINDS):
-        raise InputError(f"{data.kind!r} is not a kind of data", f"one of auto, {', '.join(KINDS)}")
-    found = [kind for kind, columns in _columns(data).items() if columns <= row.keys()]
-    if data.kind == "auto":
-        if found:
-            return found[0]
-        wanted = " or ".join(expected.values())
-    else:
-        if data.kind in found:
-            return data.kind
-        wanted = expected[data.kind]
-    columns = ", ".join(sorted(map(str, row))[:12]) or "none"
-    raise InputError(f"{where} has the columns {columns}; expected {wanted}", _rename_hint(row, data))
+def give_template(tokenizer: Any) -> bool:
+    """Give the tokenizer the plain template if it has none; whether that was so. InputError if that cannot work."""
+    if tokenizer.chat_template:
+        return False
+    if tokenizer.eos_token is None:
+        raise InputError("the tokenizer has neither a chat template nor an end-of-text token", "use text rows")
+    tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    return True
 
 
-def _columns(data: DataSpec) -> dict[str, set[str]]:
-    """Columns of each kind, the most telling kind first; a text column the user named himself tells most."""
-    columns = {"messages": {"messages"}, "prompt_completion": {"prompt", "completion"}, "text": {data.text_column}}
-    if data.text_column != DataSpec(path="").text_column:
-        columns = {"text": columns.pop("text"), **columns}
-    return columns
+def marks_the_assistant(tokenizer: Any) -> bool:
+    """Whether the template itself says which words are the assistant's, in a way that the tokenizer can follow."""
+    return bool(getattr(tokenizer, "is_fast", False)) and bool(GENERATION.search(tokenizer.get_chat_template()))
 
 
-def _rename_hint(row: dict[str, Any], data: DataSpec) -> str:
-    if "conversations" in row:
-        return 'rename "conversations" to "messages", "from" to "role" (user, assistant) and "value" to "content"'
-    if "instruction" in row:
-        return 'rename "instruction" (with "input") to "prompt" and "output" to "completion"'
-    if data.kind in ("auto", "text"):
-        texts = [str(name) for name, value in row.items() if isinstance(value, str)]
-        return f"if {texts[0]!r} holds the text, name it as the text column" if texts else ""
-    return "leave the kind of data out to have it detected"
-
-
-def encoder(kind: str, tokenizer: Any, data: DataSpec, warn: Callable[[str], None]) -> Encoder:
-    """The function that turns a row of this kind into tokens; it raises BadRow. `warn` is told of choices made."""
-    if kind == "messages":
-        return _messages_encoder(tokenizer, warn)
-    if tokenizer.eos_token_id is None:
-        warn("the tokenizer has no end-of-text token: the model will not learn where an answer ends")
-    if kind == "prompt_completion":
-        return lambda row: _prompt_completion(row, tokenizer)
-    return lambda row: _text(row, tokenizer, data.text_column)
-
-
-# -------------------------------------------------------------------------------------- text, prompt and completion
-def _string(row: dict[str, Any], column: str) -> str:
-    value = row.get(column)
-    if not isinstance(value, str):
-        what = "no" if column not in row else f"a {type(value).__name__} as"
-        raise BadRow(f'has {what} "{column}", expected text')
-    return value
-
-
-def _text(row: dict[str, Any], tokenizer: Any, column: str) -> Encoded:
-    text = _string(row, column)
-    ids = _with_eos(_tokens(tokenizer, text), tokenizer) if text.strip() else []
-    return Encoded(ids, [True] * len(ids))
-
-
-def _prompt_completion(row: dict[str, Any], tokenizer: Any) -> Encoded:
-    prompt, completion = _string(row, "prompt"), _string(row, "completion")
-    if not completion.strip():
-        return Encoded([], [])
-    start = _without_eos(_tokens(tokenizer, prompt), tokenizer)
-    ids = _tokens(tokenizer, prompt + completion)
-    # In use the prompt is tokenised alone. Where the last token of the prompt would merge with the first of the
-    # completion, the completion is tokenised alone as well.
-    if ids[: len(start)] != start or len(ids) <= len(start):
-        ids = start + list(tokenizer(completion, add_special_tokens=False)["input_ids"])
-    ids = _with_eos(ids, tokenizer)
-    return Encoded(ids, [index >= len(start) for index in range(len(ids))])
-
-
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text)["input_ids"])
-
-
-def _with_eos(ids: list[int], tokenizer: Any) -> list[int]:
-    eos = tokenizer.eos_token_id
-    return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
-
-
-def _without_eos(ids: list[int], tokenizer: Any) -> list[int]:
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-
-
-# ------------------------------------------------------------------------------------------------------ messages
-def _messages_encoder(tokenizer: Any, warn: Callable[[str], None]) -> Encoder:
-    if not tokenizer.chat_template:
-        if tokenizer.eos_token is None:
-            raise InputError("the tokenizer has neither a chat template nor an end-of-text token", "use text rows")
-        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
-        warn('the tokenizer has no chat template: "### User:", "### Assistant:" headings are used and saved with it')
-    fast = bool(getattr(tokenizer, "is_fast", False))
-    if fast and _GENERATION.search(tokenizer.get_chat_template()):
-        return lambda row: _by_template(_messages(row), row.get("tools"), tokenizer)
-    return lambda row: _by_prefixes(_messages(row), row.get("tools"), tokenizer, fast)
-
-
-def _messages(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The row's messages without the nulls that columnar files put in."""
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise BadRow('has no "messages": expected a list of {"role": ..., "content": ...}')
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise BadRow(f"has a message {number} without a role")
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            raise BadRow(f"has a message {number} ({message['role']}) whose content is not text")
-    if all(message["role"] != "assistant" for message in messages):
-        roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
-        raise BadRow(f"has no message of the role assistant, only of {roles}: there is nothing to learn")
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
-
-
-def _by_template(messages: list[dict[str, Any]], tools: Any, tokenizer: Any) -> Encoded:
-    """For templates that mark the assistant's words with {% generation %}."""
+def render(talk: Conversation, tokenizer: Any, count: int | None = None, *, prompt: bool = False) -> str:
+    """The first `count` messages as text, with `prompt` up to where the assistant begins. BadRow if refused."""
+    messages = talk.messages if count is None else talk.messages[:count]
     try:
-        made = tokenizer.apply_chat_template(
-            messages, tools=tools or None, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        return str(
+            tokenizer.apply_chat_template(messages, tools=talk.tools, tokenize=False, add_generation_prompt=prompt)
         )
     except Exception as error:  # templates raise what they like: jinja2 errors, TypeError, ValueError
-        raise _refused(error) from error
-    return Encoded(list(made["input_ids"]), [bool(one) for one in made["assistant_masks"]])
+        raise refused(error) from error
 
 
-def _by_prefixes(messages: list[dict[str, Any]], tools: Any, tokenizer: Any, fast: bool) -> Encoded:
-    """For other templates: an assistant turn is what the text grows by when that turn is added."""
-
-    def render(count: int, prompt: bool = False) -> str:
-        try:
-            return str(
-                tokenizer.apply_chat_template(
-                    messages[:count], tools=tools or None, tokenize=False, add_generation_prompt=prompt
-                )
-            )
-        except Exception as error:
-            raise _refused(error) from error
-
-    full = render(len(messages))
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            upto = render(index + 1)
-            before = render(index, prompt=True) if index else _header(upto, message)
-            if not (full.startswith(upto) and upto.startswith(before)):
-                raise InputError(
-                    f"the chat template rewrites earlier turns (message {index + 1} differs once more follow), so the "
-                    "assistant's tokens cannot be told apart",
-                    "use a template with {% generation %}, one assistant turn a row, or prompt and completion columns",
-                )
-            spans.append((len(before), len(upto)))
-    return _spans_to_tokens(full, spans, tokenizer, fast)
-
-
-def _header(rendered: str, message: dict[str, Any]) -> str:
-    """What stands before the words of the first message; templates refuse to render no messages at all."""
-    return rendered[: max(rendered.find(str(message.get("content") or "").strip()), 0)]
-
-
-def _spans_to_tokens(text: str, spans: list[tuple[int, int]], tokenizer: Any, fast: bool) -> Encoded:
-    """Tokenise the rendered text as a whole; learned are the tokens with a character inside a span."""
-    if fast:
-        made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        learned = [any(start < b and end > a for a, b in spans) for start, end in made["offset_mapping"]]
-        return Encoded(list(made["input_ids"]), learned)
-    ids: list[int] = []
-    learned = []
-    edges = sorted({0, len(text), *(edge for span in spans for edge in span)})
-    for a, b in pairwise(edges):
-        piece = list(tokenizer(text[a:b], add_special_tokens=False)["input_ids"])
-        ids += piece
-        learned += [(a, b) in spans] * len(piece)
-    if ids != list(tokenizer(text, add_special_tokens=False)["input_ids"]):
-        raise InputError(
-            "this tokenizer (a slow one) joins characters across the start of an assistant turn",
-            "use the model's fast tokenizer, or prompt and completion columns",
-        )
-    return Encoded(ids, learned)
-
-
-def _refused(error: Exception) -> BadRow:
+def refused(error: Exception) -> BadRow:
     lines = str(error).strip().splitlines()
     return BadRow(f"is refused by the chat template: {(lines[0] if lines else type(error).__name__)[:300]}")
+
+
+def rendered(talk: Conversation, tokenizer: Any) -> Rendered:
+    """The text with a span for each assistant message that is learned: its words and what ends its turn.
+
+    InputError for a template that writes turns in a way that cannot be followed.
+    """
+    text = render(talk, tokenizer)
+    spans: list[Span] = []
+    for index, message in enumerate(talk.messages):
+        if message["role"] == ASSISTANT and index >= talk.first:
+            last = index == len(talk.messages) - 1
+            upto = text if last else render(talk, tokenizer, index + 1)
+            before = _before(talk, tokenizer, index, upto) if index else _header(upto, message)
+            if text.startswith(upto) and upto.startswith(before):
+                spans.append((len(before), len(upto)))
+            else:
+                spans.append(_found(text, talk, index, before, upto, spans[-1][1] if spans else 0))
+    return Rendered(text, spans)
+
+
+def _before(talk: Conversation, tokenizer: Any, index: int, upto: str) -> str:
+    """The text up to where the assistant begins message `index`.
+
+    A template may ask for more than it writes of a turn that is there: "<think>" (DeepSeek-R1's). Then what both have
+    in common counts.
+    """
+    before = render(talk, tokenizer, index, prompt=True)
+    if upto.startswith(before):
+        return before
+    asked = render(talk, tokenizer, index)
+    shared = next((at for at, (a, b) in enumerate(zip(before, upto, strict=False)) if a != b), len(upto))
+    if shared <= len(asked) or not upto.startswith(asked):
+        return before
+    found = [upto.find(part, len(asked)) for part in _parts(talk.messages[index])]
+    return upto[: min([shared, *(at for at in found if at >= 0)])]
+
+
+def _header(text: str, message: dict[str, Any]) -> str:
+    """What stands before the words of the first message; templates refuse to render no messages at all."""
+    return text[: max(text.find(_words(message)), 0)]
+
+
+def _words(message: dict[str, Any]) -> str:
+    return str(message.get("content") or "").strip()
+
+
+def _parts(message: dict[str, Any]) -> list[str]:
+    """The words of a message, and those behind its thoughts, which templates leave out."""
+    words = _words(message)
+    return [part for part in (words, words.rpartition(_END_OF_THOUGHT)[2].strip()) if part]
+
+
+def _found(text: str, talk: Conversation, index: int, before: str, upto: str, after: int) -> Span:
+    """The turn found by its words, for templates that write turns otherwise once others follow: Qwen3's leaves the
+    thoughts out of all but the last, Mistral's puts the system's words into the last question.
+
+    `before` shows what stands before a turn, `upto` what ends it; the turn is looked for from character `after` on.
+    """
+    start = len(before) if text.startswith(before) else _behind(text, talk.messages[index - 1], before, after)
+    for part in _parts(talk.messages[index]):
+        at = text.find(part, start)
+        ends = upto[upto.rfind(part) + len(part) :]
+        if start > 0 and part in upto and at >= 0 and text.startswith(ends, at + len(part)):
+            return start, at + len(part) + len(ends)
+    raise InputError(
+        f"the chat template rewrites earlier turns (message {index + 1} differs once more follow), so the assistant's "
+        "tokens cannot be told apart",
+        "use a template with {% generation %}, one assistant turn a row, or prompt and completion columns",
+    )
+
+
+def _behind(text: str, previous: dict[str, Any], before: str, after: int) -> int:
+    """Where the assistant begins after the message before it: behind its words and what follows them in `before`."""
+    words = _words(previous)
+    header = words + before[before.rfind(words) + len(words) :] if words in before else ""
+    at = text.find(header, after) if header else -1
+    return at + len(header) if at >= 0 else -1

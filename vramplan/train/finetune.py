@@ -28,14 +28,17 @@ from vramplan.train.load import load_model, load_tokenizer, resolve
 from vramplan.train.lora import add_lora, fuse, prepare
 from vramplan.train.meter import Meter, recorded
 from vramplan.train.outcome import Interrupted, StopSignal
+from vramplan.train.packing_check import check_packing
 from vramplan.train.pressure import Card
 from vramplan.train.progress import Progress
+from vramplan.train.reading import read_data
 from vramplan.train.rehearsal import Rehearsal
 from vramplan.train.relief import CheckpointRelief, FusedRelief, Relief
 from vramplan.train.reporting import usable_reporters
 from vramplan.train.saving import clean, newest_checkpoint, save_adapter
 from vramplan.train.schedule import check_held_out, check_schedule, seed_everything
 from vramplan.train.trainer import QloraTrainer, Reporter, training_arguments, usable_optimizer
+from vramplan.train.varlen import refuse_unpackable
 
 SAMPLE_TOKENS = 40
 CHECK_TOKENS = 16  # length of the batch on which the fused loss is compared with the model's own
@@ -69,10 +72,9 @@ def _finetune(run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progre
         progress.warning("there is no checkpoint to resume from: training starts at step 0")
 
     # The tokenizer and the data come first: they fail in seconds, the model loads for minutes.
-    progress.phase("data", f"reading {run.data.path if run.data else 'no data'}")
     source = resolve(run, run_dir)
     tokenizer = load_tokenizer(run, source)
-    splits = data.build(run, tokenizer, report=progress.report)
+    splits = read_data(run, run_dir, tokenizer, progress, resume=resume)
     check_held_out(run.schedule, splits.eval)
 
     model, fused = build_model(run, source, meter, progress, read_prediction(run_dir))
@@ -87,7 +89,7 @@ def _finetune(run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progre
         args=training_arguments(run, run_dir, meter.device, optimizer),
         train_dataset=splits.train,
         eval_dataset=splits.eval,
-        data_collator=data.Collator(tokenizer.pad_token_id, run.seq_len),
+        data_collator=data.Collator(tokenizer.pad_token_id, run.seq_len, run.packing),
     )
     trainer.load_best = run.schedule.load_best_model_at_end
     reporter = Reporter(trainer, progress, stop, splits.examples)
@@ -100,6 +102,8 @@ def _finetune(run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progre
         trainer.guard.load(checkpoint)
     if head is not None:
         check_fused_loss(trainer, head, splits.train[0]["input_ids"])
+    if run.packing:
+        check_packing(trainer, splits.train[0]["input_ids"])
 
     if splits.eval is not None and checkpoint is None:
         progress.phase("eval", "held-out loss before training")
@@ -125,7 +129,7 @@ def _finetune(run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progre
         records.write_text(adapter / "README.md", card.text(meter.measurement("finished")))
     prompt = os.environ.get("VRAMPLAN_SAMPLE_PROMPT")
     if prompt:
-        progress("sample", text=sample(model, tokenizer, prompt, SAMPLE_TOKENS, chat=splits.kind == "messages"))
+        progress("sample", text=sample(model, tokenizer, prompt, SAMPLE_TOKENS, chat=splits.chat))
     return f"{trainer.state.global_step} steps, adapter in {run_dir / 'adapter'}"
 
 
@@ -142,6 +146,8 @@ def build_model(
     """The 4-bit model and its fused layers: prepared and wrapped by PEFT, measured after each, then audited."""
     progress.phase("load", f"loading {run.model} in 4 bits on {meter.device.type}")
     model = load_model(run, source, meter.device)
+    if run.packing:
+        refuse_unpackable(model.config)
     float32 = float32_names(model)
     meter.phase("loaded")
 
@@ -196,15 +202,13 @@ def refuse_what_is_not_built(run: RunSpec) -> None:
         raise InputError("streaming layers from the host is not built yet", "leave resident_layers out")
 
 
-def _check_vocabulary(model: Any, tokenizer: Any, splits: Any) -> None:
+def _check_vocabulary(model: Any, tokenizer: Any, splits: data.Splits) -> None:
     """A token the embedding has no row for would end as an assertion inside a kernel. Looked for only if possible."""
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) <= rows:
         return
-    for split in (splits.train, splits.eval):
-        for index in range(len(split) if split is not None else 0):
-            if max(split[index]["input_ids"]) >= rows:
-                raise InputError(f"the tokenizer makes tokens of {len(tokenizer)}, the model knows only {rows}")
+    if any(max(split.store.ids) >= rows for split in (splits.train, splits.eval) if split is not None):
+        raise InputError(f"the tokenizer makes tokens of {len(tokenizer)}, the model knows only {rows}")
 
 
 def check_fused_loss(trainer: QloraTrainer, head: Head, tokens: list[int]) -> None:
@@ -215,7 +219,8 @@ def check_fused_loss(trainer: QloraTrainer, head: Head, tokens: list[int]) -> No
     """
     long, short = list(tokens)[:CHECK_TOKENS], list(tokens)[: max(CHECK_TOKENS // 2, 2)]
     rows = [{"input_ids": t, "labels": t, "attention_mask": [1] * len(t)} for t in (long, short)]
-    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+    collator = data.Collator(trainer.data_collator.pad_token_id, packed=trainer.data_collator.packed)
+    inputs = trainer._prepare_inputs(collator(rows))
     trainer.model.eval()
     with torch.no_grad(), trainer.accelerator.autocast():
         with trainer.fused.stock() if trainer.fused is not None else nullcontext():

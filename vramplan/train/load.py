@@ -17,6 +17,7 @@ from vramplan.errors import InputError, MissingExtra, VramplanError
 from vramplan.train.outcome import first_line, is_disk_full, is_out_of_memory
 from vramplan.train.random_model import byte_tokenizer, random_model
 from vramplan.train.saving import whole_folder
+from vramplan.train.varlen import implementation
 
 
 # --------------------------------------------------------------------------------------------------- where it is
@@ -98,7 +99,7 @@ def _pretrained(run: RunSpec, source: str, quantization: BitsAndBytesConfig, dev
             source,
             quantization_config=quantization,
             dtype=torch.bfloat16,
-            attn_implementation=run.levers.attention,
+            attn_implementation=implementation(run),
             device_map={"": 0 if device.type == "cuda" else "cpu"},
             trust_remote_code=run.trust_remote_code,
             output_loading_info=True,

@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor
 
 from vramplan.core.types import RunSpec
+from vramplan.core.varlen import documents_per_row
 from vramplan.errors import InputError
 from vramplan.train.data import IGNORED, Collator, Example
 from vramplan.train.finetune import build_model, refuse_what_is_not_built
@@ -69,7 +70,7 @@ def _measure(run: RunSpec, run_dir: Path, meter: Meter, progress: Progress, stop
     arguments = training_arguments(run, run_dir, meter.device, optimizer)
     progress.phase("train", f"driver {run.driver}, optimizer {optimizer}")
     if run.driver == "trainer":
-        collator = Collator(0, run.seq_len)
+        collator = Collator(0, run.seq_len, run.packing)
         trainer = QloraTrainer(
             head=head,
             fused=fused,
@@ -99,7 +100,9 @@ def _hold(meter: Meter) -> None:
 
 
 class RandomRows(Sequence[Example]):
-    """Rows of exactly `run.seq_len` random tokens, enough for all steps. With `run.padding` the last one is padding."""
+    """Rows of exactly `run.seq_len` random tokens, enough for all steps.
+
+    With `run.padding` the last one is padding, with `run.packing` they are as many documents as there can be."""
 
     def __init__(self, run: RunSpec, vocab_size: int) -> None:
         self.run, self.vocab_size = run, vocab_size
@@ -112,6 +115,10 @@ class RandomRows(Sequence[Example]):
             raise IndexError(index)
         length = self.run.seq_len
         ids = random.Random(self.run.schedule.seed + index).choices(range(self.vocab_size), k=length)
+        if self.run.packing:
+            count = min(documents_per_row(length), length)
+            lengths = [length // count] * (count - 1)
+            return {"input_ids": ids, "labels": ids, "lengths": [*lengths, length - sum(lengths)]}
         labels, mask = list(ids), [1] * length
         if self.run.padding and length > 1:
             labels[-1], mask[-1] = IGNORED, 0
@@ -171,9 +178,12 @@ class Loop:
         self.meter.close("backward")
         return loss
 
-    def batch(self) -> dict[str, Tensor]:
+    def batch(self) -> dict[str, Any]:
         """The next batch on the device. Labels are the input itself, and no mask where nothing is padded."""
         examples = [next(self.rows) for _ in range(self.run.micro_batch_size)]
+        if self.run.packing:
+            packed = Collator(0, self.run.seq_len, packed=True)(examples)
+            return {k: v.to(self.meter.device) if isinstance(v, Tensor) else v for k, v in packed.items()}
 
         def tensor(name: str) -> Tensor:
             return torch.tensor([example[name] for example in examples]).to(self.meter.device)
@@ -183,7 +193,7 @@ class Loop:
             return {"input_ids": ids, "labels": ids}
         return {"input_ids": ids, "labels": tensor("labels"), "attention_mask": tensor("attention_mask")}
 
-    def loss(self, inputs: dict[str, Tensor]) -> Tensor:
+    def loss(self, inputs: dict[str, Any]) -> Tensor:
         if self.head is not None:
             return fused_loss(self.model.get_base_model(), self.head, inputs, None)
         loss: Tensor = self.model(**inputs, use_cache=False).loss

@@ -16,6 +16,7 @@ from transformers.quantizers import AutoHfQuantizer
 from vramplan.core.types import RunSpec
 from vramplan.errors import InputError
 from vramplan.train.outcome import first_line
+from vramplan.train.varlen import implementation
 
 STANDARD_DEVIATION = 0.02  # initializer_range of most configs
 
@@ -31,7 +32,7 @@ def random_model(run: RunSpec, folder: Path, quantization: BitsAndBytesConfig, d
             model = AutoModelForCausalLM.from_config(
                 config,
                 dtype=torch.bfloat16,
-                attn_implementation=run.levers.attention,
+                attn_implementation=implementation(run),
                 trust_remote_code=run.trust_remote_code,
             )
     except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:

@@ -10,7 +10,7 @@ import csv
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,40 +26,68 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row. `where` is "line 3" or "row 3", counted from 1; `problem` is why it cannot be used, or ""."""
+    """One row. `where` is "line 3" or "row 3", counted from 1; `problem` is why it cannot be used, or "". `size` is in
+    bytes of the file, where that is known."""
 
     where: str
     value: dict[str, Any]
     problem: str = ""
+    size: int = 0
 
 
-def read_rows(data: DataSpec) -> Iterator[Row]:
-    """The rows of `data.path`: a file by its extension, otherwise the name of a data set.
+class Rows:
+    """The rows of `data.path`, once: a file by its extension, otherwise the name of a data set.
 
     InputError for a missing or empty file, a folder, an extension nobody knows, a file that is not what it says.
     """
-    path = Path(data.path).expanduser()
-    if path.is_dir():
-        raise InputError(f"{data.path} is a folder, not a data file", "name a file in it: JSONL, Parquet, CSV or text")
-    if path.exists():
-        return _file_rows(path, data)
-    if _looks_like_file(data.path):
-        raise InputError(f"there is no data file {data.path}", f"looked in {path.absolute().parent}")
-    return _dataset_rows(data)
 
+    def __init__(self, data: DataSpec) -> None:
+        self._data = data
+        self._file: BinaryIO | None = None
+        self._size = self._done = 0  # bytes of the file; or rows of the data set
 
-def _file_rows(path: Path, data: DataSpec) -> Iterator[Row]:
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        known = ", ".join(sorted(_READERS))
-        raise InputError(f"{path}: data files end in one of {known}", "rename the file after what is in it")
-    try:
-        if path.stat().st_size == 0:
-            raise InputError(f"{path} is empty", "one JSON object a line is what most people use")
-        with path.open("rb") as file:
-            yield from reader(path, file, data)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    def __iter__(self) -> Iterator[Row]:
+        data = self._data
+        path = Path(data.path).expanduser()
+        if path.is_dir():
+            raise InputError(
+                f"{data.path} is a folder, not a data file", "name a file in it: JSONL, Parquet, CSV or text"
+            )
+        if path.exists():
+            return self._file_rows(path)
+        if _looks_like_file(data.path):
+            raise InputError(f"there is no data file {data.path}", f"looked in {path.absolute().parent}")
+        return self._dataset_rows()
+
+    def share(self) -> float | None:
+        """How much of the whole has been read; None where nobody knows."""
+        try:
+            done = self._done if self._file is None else self._file.tell()
+        except (OSError, ValueError):  # closed
+            return None
+        return min(done / self._size, 1.0) if self._size else None
+
+    def _file_rows(self, path: Path) -> Iterator[Row]:
+        reader = _READERS.get(path.suffix.lower())
+        if reader is None:
+            known = ", ".join(sorted(_READERS))
+            raise InputError(f"{path}: data files end in one of {known}", "rename the file after what is in it")
+        try:
+            size = path.stat().st_size
+            if size == 0:
+                raise InputError(f"{path} is empty", "one JSON object a line is what most people use")
+            with path.open("rb") as file:
+                if path.suffix.lower() != ".parquet":  # read in an order of its own
+                    self._file, self._size = file, size
+                yield from reader(path, file, self._data)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+
+    def _dataset_rows(self) -> Iterator[Row]:
+        values = _dataset(self._data)
+        self._size = len(values)
+        for self._done, value in enumerate(values, start=1):
+            yield Row(f"row {self._done}", value)
 
 
 def _looks_like_file(name: str) -> bool:
@@ -105,7 +133,7 @@ def _jsonl(path: Path, file: BinaryIO, data: DataSpec) -> Iterator[Row]:
         if line is None:
             yield Row(f"line {number}", {}, _TOO_LONG)
         elif line.strip():
-            yield _json_row(number, line)
+            yield replace(_json_row(number, line), size=len(line))
 
 
 def _json_row(number: int, line: bytes) -> Row:
@@ -242,20 +270,19 @@ _READERS: dict[str, Callable[[Path, BinaryIO, DataSpec], Iterator[Row]]] = {
 
 
 # -------------------------------------------------------------------------------------------------- data sets
-def _dataset_rows(data: DataSpec) -> Iterator[Row]:
+def _dataset(data: DataSpec) -> Any:
+    """A `datasets` data set by name; `split` may have a slice, "train[:10%]"."""
     try:
         import datasets
     except ImportError as error:
         raise MissingExtra("reading a data set by name") from error
     try:
-        rows = datasets.load_dataset(data.path, split=data.split)
+        return datasets.load_dataset(data.path, data.config, split=data.split, revision=data.revision)
     except Exception as error:  # the library raises many kinds: offline, unknown, gated, needs a configuration
         raise InputError(
             f"{data.path!r} is neither a file here nor a data set that can be loaded: {_first_line(error)}",
-            "give a JSONL, Parquet, CSV or text file, or check the name, the split and the network",
+            "give a JSONL, Parquet, CSV or text file, or check --data-config, --split and the network",
         ) from error
-    for number, value in enumerate(rows, start=1):
-        yield Row(f"row {number}", value)
 
 
 def _first_line(error: BaseException, limit: int = 300) -> str:

@@ -17,11 +17,13 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from vramplan.core.types import RunSpec
 from vramplan.errors import InputError
+from vramplan.train.collate import input_tokens
 from vramplan.train.evaluation import AlreadyDone, Evaluating, EvaluationStopped, perplexity
 from vramplan.train.fast.install import Fused
 from vramplan.train.fused_loss import Head, decoder_of, fused_cross_entropy, labelled_rows
 from vramplan.train.guard import Guard
 from vramplan.train.health import Health
+from vramplan.train.lengths import LengthGrouped
 from vramplan.train.meter import Meter, count_lines
 from vramplan.train.outcome import StopSignal, first_line
 from vramplan.train.progress import Progress
@@ -31,6 +33,7 @@ from vramplan.train.safe_step import SafeStep, guard_steps
 from vramplan.train.saving import save_checkpoint
 from vramplan.train.schedule import schedule_arguments
 from vramplan.train.splitting import labelled_in
+from vramplan.train.varlen import arguments
 
 EVALUATION_NEWS_S = 1.0  # between two events of an evaluation's progress
 
@@ -50,6 +53,7 @@ def training_arguments(run: RunSpec, run_dir: Path, device: torch.device, optimi
             logging_nan_inf_filter=False,  # it hides NaN, and waits for the GPU at every micro-step
             disable_tqdm=True,
             remove_unused_columns=False,
+            train_sampling_strategy=run.data.train_sampling_strategy if run.data else "random",
             label_names=["labels"],
             dataloader_pin_memory=device.type == "cuda",
             average_tokens_across_devices=False,
@@ -211,7 +215,7 @@ class QloraTrainer(Evaluating):
 
     # ------------------------------------------------------------------------------------------------ counting
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        self.window.add_tokens(inputs["attention_mask"].sum())
+        self.window.add_tokens(input_tokens(inputs))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # the stock one walks all parameters at every micro-step
@@ -233,6 +237,13 @@ class QloraTrainer(Evaluating):
         self.window.forget()
         if self.health is not None:
             self.health.forget()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(dataset)
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGrouped(dataset.lengths(), rows, self.args.seed)
 
     # -------------------------------------------------------------------------------------------------- saving
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -263,14 +274,14 @@ def trained_parameters(model: Any, fused: Fused | None) -> list[torch.nn.Paramet
 
 
 def fused_loss(causal_lm: Any, head: Head, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
-    """The loss of a right-padded batch {input_ids, labels} as a scalar, without full logits.
+    """The loss of a right-padded or packed batch as a scalar, without full logits.
 
     The attention mask stays out: attention is causal and padding comes last, so no real token can see it, and its own
     positions carry no label. That spares the [batch, 1, seq, seq] mask and keeps the flash kernel.
     `num_items` None: the mean over the batch.
     """
     rows, targets = labelled_rows(inputs["labels"])
-    hidden = decoder_of(causal_lm)(input_ids=inputs["input_ids"], use_cache=False)[0]
+    hidden = decoder_of(causal_lm)(input_ids=inputs["input_ids"], use_cache=False, **arguments(inputs))[0]
     normaliser = max(rows.numel(), 1) if num_items is None else num_items
     return fused_cross_entropy(hidden, rows, targets, head, normaliser)
 
