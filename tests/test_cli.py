@@ -104,7 +104,7 @@ class Rooms:
         return (self.live_gpu(0),)
 
     def prepare_run_dir(
-        self, run_dir: Path, run: RunSpec, plan: Plan | None, *, resume: bool, prediction: Ledger
+        self, run_dir: Path, run: RunSpec, plan: Plan | None, *, resume: bool, prediction: Ledger | None = None
     ) -> None:
         self.prepared, self.predicted = (run_dir, run, plan, resume), prediction
 

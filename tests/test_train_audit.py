@@ -51,8 +51,11 @@ def found(
     load(model)
     wide = float32_names(model)
     model = add_lora(prepare(model, run.levers, CPU, print), run.lora)
-    model = after(model) or model
     fuse(model, run.levers, CPU, print)
+    other = after(model)
+    if other is not None:
+        model = other
+        fuse(model, run.levers, CPU, print)
     return audit(Loaded(model, run, CPU, ledger, wide))
 
 

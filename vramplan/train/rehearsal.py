@@ -9,18 +9,16 @@ Parameters, gradients and random numbers are as before afterwards; the optimizer
 from __future__ import annotations
 
 import heapq
-import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import torch
 from transformers import TrainerCallback
 
 from vramplan.train.guard import Guard
 from vramplan.train.pressure import Report
+from vramplan.train.randomness import random_state, set_random_state
 from vramplan.train.safe_step import Snapshot
 
 
@@ -92,26 +90,11 @@ class Rehearsal(TrainerCallback):  # type: ignore[misc]
 def nothing_happened(trainer: Any) -> Iterator[None]:
     """What is done inside leaves parameters, optimizer, gradients, counters and random numbers as they were."""
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    before, numbers = Snapshot(optimizer, trainer.trained), _random_state(trainer.args.device)
+    before, numbers = Snapshot(optimizer, trainer.trained), random_state(trainer.args.device)
     try:
         yield
     finally:
         trainer.model.zero_grad()
         before.restore(keep_new_state=True)
-        _set_random_state(numbers, trainer.args.device)
+        set_random_state(numbers, trainer.args.device)
         trainer.forget_step()
-
-
-def _random_state(device: torch.device) -> dict[str, Any]:
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)

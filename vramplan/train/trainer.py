@@ -27,6 +27,7 @@ from vramplan.train.lengths import LengthGrouped
 from vramplan.train.meter import Meter, count_lines
 from vramplan.train.outcome import StopSignal, first_line
 from vramplan.train.progress import Progress
+from vramplan.train.randomness import random_state, set_random_state
 from vramplan.train.reporting import Window
 from vramplan.train.resume import state_where_it_belongs
 from vramplan.train.safe_step import SafeStep, guard_steps
@@ -293,6 +294,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         self.trainer, self.progress, self.stop = trainer, progress, stop
         self.examples = examples
         self.done = 0  # optimizer steps of this process
+        self.random: dict[str, Any] = {}  # the generators as the step in progress found them
         self.told = 0.0  # when the progress of an evaluation was last told
         trainer.watch_evaluation = self._evaluating
 
@@ -307,12 +309,15 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.window.begin_step()
+        self.random = random_state(args.device)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.meter.close("optimizer")
         self.trainer.clear_gradients()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.stop.asked:  # half a step is given up: who resumes draws for it again
+            set_random_state(self.random, args.device)
         self._stop_if_asked(state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
