@@ -12,6 +12,7 @@ from .allocator import Native, OutOfMemory, units
 from .expandable import Expandable, allocator
 from .growth import play_grown
 from .loading import Held, Loader
+from .parallel import check_parallel, nccl_bytes, shards
 from .replay import Played, live_at_peak, play_run, workspaces
 from .timeline import play
 from .types import (
@@ -58,6 +59,7 @@ LABELS = {
     "activations.layers": "saved by the layers",
     "activations.head": "final norm",
     "activations.gradients": "gradients in flight",
+    "weights.gathered": "gathered from the other cards",
     "workspace.dequantised": "weight dequantised to bf16",
     "workspace.cublas": "cuBLAS workspaces",
     "loss.logits": "logits",
@@ -108,17 +110,23 @@ def check_run(spec: ModelSpec, run: RunSpec) -> None:
         raise Unplannable(f"the LoRA dropout must be at least 0 and below 1, not {run.lora.dropout}")
     if run.levers.optimizer not in OPTIMIZERS:
         raise Unplannable(f"no optimizer is called {run.levers.optimizer!r}", "known: " + ", ".join(OPTIMIZERS))
+    check_parallel(run)
     if run.levers.resident_layers is not None:
         raise Unplannable("streaming of layers cannot be planned yet", "leave resident_layers out")
 
 
 @lru_cache(maxsize=16)
 def loaded(
-    spec: ModelSpec, double_quant: bool, lora: Lora, upcast: str, kind: str, random_weights: bool
+    spec: ModelSpec, double_quant: bool, lora: Lora, upcast: str, kind: str, random_weights: bool, parts: int
 ) -> tuple[Held, Native]:
     """A fresh process before its first step. Kept, because a search tries many runs of one model: clone it."""
-    loader = Loader(allocator(kind), spec, double_quant, random_weights)
+    loader = Loader(allocator(kind), spec, double_quant, random_weights, parts)
     return loader.prepare(upcast, lora), loader.memory
+
+
+def _loaded_for(spec: ModelSpec, run: RunSpec, random_weights: bool) -> tuple[Held, Native]:
+    kind, upcast = run.levers.allocator, run.levers.upcast
+    return loaded(spec, run.double_quant, run.lora, upcast, kind, random_weights, shards(run))
 
 
 def simulate(
@@ -131,9 +139,7 @@ def simulate(
     check_run(spec, run)
     unrolled = play(spec, run, gpu or NO_CARD)
     if loader is None:
-        held, before = loaded(
-            spec, run.double_quant, run.lora, run.levers.upcast, run.levers.allocator, run.random_weights
-        )
+        held, before = _loaded_for(spec, run, run.random_weights)
         memory = before.clone()
     else:
         held, memory = loader.prepare(run.levers.upcast, run.lora), loader.memory
@@ -194,7 +200,7 @@ def _laid_out(model: ModelSpec, run: RunSpec, card: GpuProfile) -> tuple[Simulat
         sim = simulate(model, run, card)
         return sim, sim.held, 0
     sim = simulate(model, replace(run, random_weights=True), card)
-    loading, _ = loaded(model, run.double_quant, run.lora, run.levers.upcast, run.levers.allocator, False)
+    loading, _ = _loaded_for(model, run, random_weights=False)
     return sim, loading, max(0, loading.resident.with_lora_bytes - sim.resident.with_lora_bytes)
 
 
@@ -218,6 +224,7 @@ def estimate(model: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None) -> L
     reserved = max(sim.played.reserved_bytes, loading.reserved_bytes)
     least = max(steps + tails, min(int(loading.peak_bytes * (1 + MARGIN[kind])), reserved))
     reserved = max(reserved, least)
+    nccl = nccl_bytes(run, card)
     lines += [
         Line(key="overhead.allocator", label="fragmentation that cannot be avoided", bytes=steps - allocated,
              formula="smallest cap that the replay survives, with a margin", basis="modelled", group="overhead"),
@@ -227,6 +234,8 @@ def estimate(model: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None) -> L
              formula="peak of loading and preparing, with a margin", basis="modelled", group="overhead"),
         Line(key="overhead.context", label="CUDA context", bytes=card.context_bytes,
              formula="per process and card", basis=card.context_basis, group="overhead"),
+        Line(key="overhead.nccl", label="NCCL's buffers", bytes=nccl, formula="4 MiB and two smaller ones per channel",
+             basis="modelled", group="overhead"),
     ]  # fmt: skip
     peaks = {"load": loading.load_peak_bytes, **sim.played.allocated}
     return Ledger(
@@ -240,7 +249,7 @@ def estimate(model: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None) -> L
             phase=phase,
             reserved_bytes=reserved,
             minimum_bytes=least,
-            device_bytes=least + card.context_bytes,
+            device_bytes=least + card.context_bytes + nccl,
         ),
         phases=tuple(PhasePeak(name=name, peak_bytes=size) for name, size in peaks.items()),
         lines=tuple(line for line in lines if line.bytes),
@@ -250,7 +259,7 @@ def estimate(model: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None) -> L
 
 def _lines(model: ModelSpec, run: RunSpec, sim: Simulation, live: list[tuple[int, int]]) -> list[Line]:
     """Resident rows, then the tensors of the step that are alive at the peak, by key."""
-    lines = resident.weight_lines(model, run.double_quant, run.levers.upcast)
+    lines = resident.weight_lines(model, run.double_quant, run.levers.upcast, shards(run))
     r = run.lora.r
     trainable = arch.trainable_parameters(model, run.lora)
     lines.append(
@@ -306,7 +315,7 @@ def _formula(tensors: dict[tuple[str, int, int, str], tuple[int, int]]) -> str:
 
 def _expert_warnings(model: ModelSpec, run: RunSpec) -> list[str]:
     """What surprises with a mixture of experts: its weights, prepare_model_for_kbit_training, PEFT's all-linear."""
-    size = resident.weights(model, run.double_quant).experts_bytes
+    size = resident.weights(model, run.double_quant, parts=shards(run)).experts_bytes
     out = [f"the experts are 3-D parameters that bitsandbytes does not quantise: {human(size)} stay bf16"]
     if run.levers.upcast == "all":
         out = [
