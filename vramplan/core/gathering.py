@@ -1,6 +1,6 @@
 """Plays what FSDP2 allocates: weights gathered from all cards when a layer runs, and let go after it.
 
-torch 2.13, distributed/fsdp/_fully_shard. A gather is one flat buffer (`foreach_all_gather`), copied out into one tensor
+torch 2.13, distributed/fsdp/_fully_shard. A gather is one flat buffer (`foreach_all_gather`), copied out into a tensor
 for each weight (`foreach_all_gather_copy_out`). In the forward the flat buffer lives until the next layer has been
 gathered, so that copying and gathering overlap; in the backward it dies at once, and the layer that comes next is
 gathered ahead (`_backward_prefetch`). Hooks on the gradients of a layer's output and input begin and end its backward.
@@ -57,7 +57,7 @@ class Gathering:
         return self._hooked(hidden_states, pre_backward)
 
     def _first_of_backward(self, index: int) -> Tensor:
-        """Nobody has gathered the last layer ahead. In a section of its own, so that all layers have the same births."""
+        """Nobody has gathered the last layer ahead. In a section of its own, so that all layers' births are alike."""
         self.tape.rec.mark("backward gather")
         flat = self._flat()
         self.tape.rec.mark(f"backward {index}")

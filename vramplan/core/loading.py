@@ -5,8 +5,8 @@ less. A weight comes to the card in bf16, is quantised there and dropped, before
 loads without threads when it quantises on the way (core_model_loading.py), in the order of the checkpoint's names.
 Before that, `caching_allocator_warmup` (modeling_utils.py) takes one block of about the model's size and gives it back
 to the cache. Random weights have no checkpoint: they come module by module, drawn and scaled, which takes them twice.
-Where several cards share the weights out, each keeps its part of one as soon as it is there (`vramplan.train.fsdp`), and
-there is no warm-up.
+Where several cards share the weights out, each keeps its part of one as soon as it is there (`vramplan.train.fsdp`),
+and there is no warm-up.
 """
 
 from __future__ import annotations

@@ -143,6 +143,8 @@ def event_text(event: Event) -> str | None:
         )
     if kind == "eval" and (loss := _float(event.get("loss"))) is not None:
         return f"eval: held-out loss {loss:.3f} at step {event.get('step', '?')}"
+    if kind == "restart":
+        return one_line(f"restart: {event.get('message', '')}")
     if kind == "warning":
         return one_line(f"warning: {event.get('message', '')}")
     if kind == "sample":

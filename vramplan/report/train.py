@@ -34,6 +34,9 @@ def show_result(
     if moments or lines:
         screen.print()
         tables.put(screen, comparison_table(screen, moments, lines))
+    if measurement.rank_peak_bytes:
+        peaks = ", ".join(human(peak) for peak in measurement.rank_peak_bytes)
+        screen.print(Text(f"Measured is the most of {measurement.gpus} GPUs; their peaks: {peaks}", style="dim"))
     if measurement.device == "cpu":
         note = "On a CPU only tensors can be counted: no GPU memory was measured."
         screen.print(Text(note, style="dim"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,16 @@ import transformers
 from vramplan.core.types import RunSpec
 from vramplan.errors import InputError
 from vramplan.train import data
+from vramplan.train.fsdp import Sharding
 from vramplan.train.fused_loss import Head, head_of
 from vramplan.train.load import load_model, load_tokenizer, resolve
 from vramplan.train.lora import add_lora, prepare
 from vramplan.train.meter import Meter, recorded
 from vramplan.train.outcome import Interrupted, StopSignal
+from vramplan.train.parallel import World, join
+from vramplan.train.place import Place
 from vramplan.train.progress import Progress
+from vramplan.train.ranks import RankTrainer
 from vramplan.train.saving import clean, newest_checkpoint, save_adapter
 from vramplan.train.trainer import AlreadyDone, QloraTrainer, Reporter, training_arguments, usable_optimizer
 
@@ -26,42 +31,45 @@ SAMPLE_TOKENS = 40
 CHECK_TOKENS = 16  # length of the batch on which the fused loss is compared with the model's own
 
 
-def finetune(run: RunSpec, run_dir: Path, *, resume: bool, progress: Progress, stop: StopSignal) -> str:
-    """Runs the whole and returns the last line for the user. Every ending leaves a Measurement, failures raise."""
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    meter = Meter(device)
+def finetune(
+    run: RunSpec, run_dir: Path, *, resume: bool, progress: Progress, stop: StopSignal, place: Place | None = None
+) -> str:
+    """Runs the whole and returns the last line for the user. Every ending leaves a Measurement, failures raise.
+
+    `place` is this process among those of the run, all of which do the same.
+    """
+    place = place or Place()
+    world = join(run, place, stop)
+    meter = Meter(world.device)
 
     def work() -> str:
-        return _finetune(run, run_dir, meter, resume=resume, progress=progress, stop=stop)
+        message = _finetune(run, run_dir, meter, world, resume=resume, progress=progress, stop=stop)
+        world.leave()
+        return message
 
-    return recorded(meter, run_dir, work)
+    return recorded(meter, place.file(run_dir, "measurement.jsonl"), work)
 
 
-def _finetune(run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progress: Progress, stop: StopSignal) -> str:
+def _finetune(
+    run: RunSpec, run_dir: Path, meter: Meter, world: World, *, resume: bool, progress: Progress, stop: StopSignal
+) -> str:
     refuse_what_is_not_built(run)
     transformers.utils.logging.disable_progress_bar()
     transformers.set_seed(run.schedule.seed)
-    checkpoints = run_dir / "checkpoints"
-    checkpoints.mkdir(exist_ok=True)
-    for folder in (run_dir, checkpoints):
-        clean(folder)
-    checkpoint = newest_checkpoint(checkpoints, progress.warning)
-    if checkpoint is not None and not resume:
-        raise InputError(f"{run_dir} already holds {checkpoint.name}", "add --resume, or choose another folder")
-    if checkpoint is None and resume:
-        progress.warning("there is no checkpoint to resume from: training starts at step 0")
+    checkpoint = world.from_main(partial(_checkpoint, run_dir, resume, progress))
 
     # The tokenizer and the data come first: they fail in seconds, the model loads for minutes.
     progress.phase("data", f"reading {run.data.path if run.data else 'no data'}")
-    source = resolve(run, run_dir)
+    source = world.from_main(partial(resolve, run, run_dir))
     tokenizer = load_tokenizer(run, source)
     splits = data.build(run, tokenizer, report=progress.report)
 
-    model = build_model(run, source, meter, progress)
+    model = build_model(run, source, meter, progress, world)
     _check_vocabulary(model, tokenizer, splits)
     head = head_of(model.get_base_model()) if run.levers.loss == "fused" else None
     optimizer = usable_optimizer(run.levers.optimizer, meter.device, progress)
-    trainer = QloraTrainer(
+    trainer_of = QloraTrainer if world.size == 1 else partial(RankTrainer, world=world)
+    trainer = trainer_of(
         head=head,
         meter=meter,
         model=model,
@@ -69,7 +77,7 @@ def _finetune(run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progre
         train_dataset=splits.train,
         data_collator=data.Collator(tokenizer.pad_token_id, run.seq_len),
     )
-    trainer.add_callback(Reporter(trainer, progress, stop, splits.examples))
+    trainer.add_callback(Reporter(trainer, progress, world.agreed, splits.examples))
     if head is not None:
         check_fused_loss(trainer, head, splits.train[0]["input_ids"])
 
@@ -78,13 +86,17 @@ def _finetune(run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progre
         meter.eval_loss_before = _evaluate(trainer, splits.eval, progress)
 
     progress.phase("train", f"optimizer {optimizer}")
+    if world.size > 1:
+        transformers.set_seed(run.schedule.seed + world.rank)  # each rank's dropout is its own
     _train(trainer, checkpoint, stop)
+    meter.ranks = world.gather(meter.measurement("finished"))
+    stopped = world.agreed.asked
 
-    if stop.asked and trainer.state.global_step == 0:
+    if stopped and trainer.state.global_step == 0:
         raise Interrupted("stopped before the first step; nothing to save")
     progress.phase("save", f"writing {run_dir / 'adapter'}")
-    save_adapter(model, tokenizer, source, run_dir / "adapter")
-    if stop.asked:
+    world.from_main(partial(save_adapter, model, tokenizer, source, run_dir / "adapter"))
+    if stopped:
         raise Interrupted(f"stopped after step {trainer.state.global_step}; checkpoint and adapter are saved")
 
     if splits.eval is not None:
@@ -96,10 +108,26 @@ def _finetune(run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progre
     return f"{trainer.state.global_step} steps, adapter in {run_dir / 'adapter'}"
 
 
-def build_model(run: RunSpec, source: str, meter: Meter, progress: Progress) -> Any:
-    """The 4-bit model, prepared and wrapped by PEFT, measured after each of the three."""
+def _checkpoint(run_dir: Path, resume: bool, progress: Progress) -> Path | None:
+    """The checkpoint to go on from, in a folder tidied up. InputError if there is one and nobody asked for it."""
+    checkpoints = run_dir / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    for folder in (run_dir, checkpoints):
+        clean(folder)
+    checkpoint = newest_checkpoint(checkpoints, progress.warning)
+    if checkpoint is not None and not resume:
+        raise InputError(f"{run_dir} already holds {checkpoint.name}", "add --resume, or choose another folder")
+    if checkpoint is None and resume:
+        progress.warning("there is no checkpoint to resume from: training starts at step 0")
+    return checkpoint
+
+
+def build_model(run: RunSpec, source: str, meter: Meter, progress: Progress, world: World | None = None) -> Any:
+    """The 4-bit model, prepared and wrapped by PEFT, measured after each of the three; shared out if the world is."""
+    world = world or World()
+    sharding = Sharding(world) if world.sharded else None
     progress.phase("load", f"loading {run.model} in 4 bits on {meter.device.type}")
-    model = load_model(run, source, meter.device, progress.warning)
+    model = load_model(run, source, meter.device, progress.warning, sharding)
     meter.phase("loaded")
 
     progress.phase("prepare", f"upcast {run.levers.upcast}, checkpointing {run.levers.checkpointing}")
@@ -108,6 +136,9 @@ def build_model(run: RunSpec, source: str, meter: Meter, progress: Progress) -> 
 
     progress.phase("lora", f"r={run.lora.r} on {', '.join(run.lora.targets)}")
     model = add_lora(model, run.lora)
+    world.same(p for p in model.parameters() if p.requires_grad)
+    if sharding is not None:
+        sharding.apply(model)
     meter.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     meter.phase("with_lora")
     return model

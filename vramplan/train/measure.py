@@ -47,7 +47,7 @@ def cuda_device() -> torch.device:
 def measure(run: RunSpec, run_dir: Path, device: torch.device, *, progress: Progress, stop: StopSignal) -> str:
     """Build, prepare, wrap, play `run.schedule.max_steps` steps. Every ending leaves a Measurement, failures raise."""
     meter = Meter(device, last_step=True)
-    return recorded(meter, run_dir, lambda: _measure(run, run_dir, meter, progress, stop))
+    return recorded(meter, run_dir / "measurement.jsonl", lambda: _measure(run, run_dir, meter, progress, stop))
 
 
 def _measure(run: RunSpec, run_dir: Path, meter: Meter, progress: Progress, stop: StopSignal) -> str:

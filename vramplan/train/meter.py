@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vramplan.core.types import Line, MeasuredPhase, Measurement
 from vramplan.core.units import round_up
@@ -54,6 +56,7 @@ class Meter:
         self.last_loss: float | None = None
         self.eval_loss_before: float | None = None
         self.eval_loss_after: float | None = None
+        self.ranks: list[Measurement] = []  # what every rank has measured, this one among them
         self._open: dict[str, int] = {}  # phase -> peak of the step in progress
         self._step: dict[str, int] = {}  # phase -> peak of the last whole step
         self._highest: dict[str, int] = {}  # of the step with the highest point: the longest batch, if lengths differ
@@ -122,7 +125,7 @@ class Meter:
     def measurement(self, ended: str, message: str = "") -> Measurement:
         """Everything so far. Also after an error: then the peaks of the step that failed are in it."""
         retries = torch.cuda.memory_stats(self.device).get("num_alloc_retries") if self.cuda else None
-        return Measurement(
+        own = Measurement(
             device=self.device.type,
             device_name=torch.cuda.get_device_name(self.device) if self.cuda else platform.processor() or "cpu",
             versions=versions(),
@@ -140,6 +143,7 @@ class Meter:
             lines=self.lines,
             message=message,
         )
+        return over_ranks(own, self.ranks) if len(self.ranks) > 1 else own
 
     def _step_phases(self) -> Iterator[MeasuredPhase]:
         if not self.cuda:
@@ -158,8 +162,28 @@ class Meter:
         )
 
 
-def recorded(meter: Meter, run_dir: Path, work: Callable[[], str]) -> str:
-    """Does `work`, returns its message; however it ends, `run_dir`/measurement.jsonl gets a line. Failures raise."""
+def over_ranks(own: Measurement, ranks: Sequence[Measurement]) -> Measurement:
+    """The most that any rank had, phase by phase, and the peaks of all."""
+
+    def most(name: str, phases: Sequence[MeasuredPhase]) -> int | None:
+        return max((size for phase in phases if (size := getattr(phase, name)) is not None), default=None)
+
+    sizes = [name for name in MeasuredPhase.__dataclass_fields__ if name != "name"]
+    together = [
+        MeasuredPhase(name=phases[0].name, **{name: most(name, phases) for name in sizes})
+        for phases in zip(*(measurement.phases for measurement in ranks), strict=False)
+    ]
+    peaks = [most("peak_bytes", [p for p in m.phases if p.name == "step"]) for m in ranks]
+    return replace(
+        own,
+        phases=tuple(together),
+        gpus=len(ranks),
+        rank_peak_bytes=tuple(peak for peak in peaks if peak is not None),
+    )
+
+
+def recorded(meter: Meter, path: Path, work: Callable[[], str]) -> str:
+    """Does `work`, returns its message; however it ends, the file gets a line, a Measurement. Failures raise."""
     ended, message = "finished", ""
     try:
         message = work()
@@ -169,7 +193,7 @@ def recorded(meter: Meter, run_dir: Path, work: Callable[[], str]) -> str:
         ended, message = outcome.ended, outcome.message
         raise
     finally:
-        records.append_jsonl(run_dir / "measurement.jsonl", meter.measurement(ended, message))
+        records.append_jsonl(path, meter.measurement(ended, message))
 
 
 # --------------------------------------------------------------------------------------- tensors, one by one
@@ -185,6 +209,7 @@ def count_lines(model: Any, optimizer: Any, device: torch.device) -> tuple[Line,
         for tensor in tensors:
             if tensor is None or tensor.device.type != device.type:
                 continue
+            tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             storage = tensor.untyped_storage()
             if storage.data_ptr() in seen or storage.nbytes() == 0:
                 continue
@@ -193,10 +218,10 @@ def count_lines(model: Any, optimizer: Any, device: torch.device) -> tuple[Line,
             totals[key] = size + round_up(storage.nbytes(), GRANULARITY), count + 1
 
     for module in model.modules():
-        weight: Any = getattr(module, "weight", None)
-        if type(weight).__name__ == "Params4bit":
-            add("weights.nf4", [weight])
-            add("weights.constants", _constants(weight.quant_state))
+        state = getattr(getattr(module, "weight", None), "quant_state", None) or getattr(module, "quant_state", None)
+        if state is not None:  # FSDP2 puts a DTensor in the place of the 4-bit weight
+            add("weights.nf4", [module.weight])
+            add("weights.constants", _constants(state))
     add("weights.embeddings", _parameters(model.get_input_embeddings()))
     add("weights.lm_head", _parameters(model.get_output_embeddings()))
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -28,10 +28,21 @@ class Outcome:
     hint: str = ""
 
 
+class PeerFailed(Exception):
+    """Another process of the run cannot go on; all of them end the way it did."""
+
+    def __init__(self, rank: int, outcome: Outcome) -> None:
+        super().__init__(outcome.message)
+        self.outcome = replace(outcome, message=f"rank {rank}: {outcome.message}")
+
+
 def outcome_of(error: BaseException) -> Outcome:
     """What an exception means to the user. The message is one line."""
+    if isinstance(error, PeerFailed):
+        return error.outcome
     if isinstance(error, VramplanError):
-        return Outcome("error", error.exit_code, error.message, error.hint)
+        ended = "oom" if error.exit_code == ENDED_IN_OOM else "error"
+        return Outcome(ended, error.exit_code, error.message, error.hint)
     if isinstance(error, (Interrupted, KeyboardInterrupt)):
         return Outcome("interrupted", INTERRUPTED_EXIT, str(error) or "interrupted", "continue with --resume")
     if is_out_of_memory(error):

@@ -17,7 +17,8 @@ from vramplan.core.types import RunSpec
 from vramplan.errors import InputError
 from vramplan.train.fused_loss import Head, decoder_of, fused_cross_entropy, labelled_rows
 from vramplan.train.meter import Meter, count_lines
-from vramplan.train.outcome import StopSignal, first_line
+from vramplan.train.outcome import first_line
+from vramplan.train.parallel import Stop
 from vramplan.train.progress import Progress
 from vramplan.train.saving import whole_folder
 
@@ -184,7 +185,7 @@ def fused_loss(causal_lm: Any, head: Head, inputs: dict[str, Any], num_items: Te
 class Reporter(TrainerCallback):  # type: ignore[misc]
     """Writes the events of a training, counts, and ends it when a signal asks for that."""
 
-    def __init__(self, trainer: QloraTrainer, progress: Progress, stop: StopSignal, examples: int) -> None:
+    def __init__(self, trainer: QloraTrainer, progress: Progress, stop: Stop, examples: int) -> None:
         self.trainer, self.progress, self.stop = trainer, progress, stop
         self.examples = examples
         self.learning_rate = 0.0
@@ -192,7 +193,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         self.done = 0  # optimizer steps of this process
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         fields = {"total_steps": state.max_steps, "effective_batch_size": batch, "examples": self.examples}
         self.progress("start", **fields, resumed_from=state.global_step)
         self.trainer.meter.tokens = state.num_input_tokens_seen
