@@ -30,6 +30,7 @@ from vramplan.errors import InputError
 from vramplan.train.fused_loss import decoder_of
 from vramplan.train.parallel import World
 
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the name from torch 2.13 on
 STORAGE = torch.bfloat16
 WHOLE = "whole_shape"  # attribute of a parameter that is one rank's part: the shape of them all together
 
@@ -152,7 +153,7 @@ class Sharding:
         """The whole of which every rank has a part."""
         shape: torch.Size = getattr(part, WHOLE)
         whole = part.data.new_empty((part.shape[0] * self.world.size, *part.shape[1:]))
-        dist.all_gather_into_tensor(whole, part.data)
+        all_gather(whole, part.data)
         return whole[: shape[0]]
 
     def _restore_the_rest(self, model: nn.Module) -> None:

@@ -90,10 +90,11 @@ def load_model(run: RunSpec, source: str, device: torch.device, warn: Warn, shar
         bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_quant_storage=torch.uint8 if sharding is None else STORAGE,
     )
-    with nullcontext() if sharding is None else sharding.while_loading(tied=_is_tied(run, source)):
-        if run.random_weights:
-            model = random_model(run, Path(source), quantization, device)
-        else:
+    cutting = nullcontext() if sharding is None else sharding.while_loading(tied=_is_tied(run, source))
+    if run.random_weights:
+        model = random_model(run, Path(source), quantization, device, cutting)
+    else:
+        with cutting:
             model = _pretrained(run, source, quantization, device)
     if device.type == "cpu":
         _keep_canonical_packing(model)
