@@ -48,7 +48,7 @@ def spec(root: Path, **changes: Any) -> RunSpec:
         lora=Lora(r=4),
         levers=Levers(optimizer="sgd"),
         schedule=Schedule(max_steps=STEPS, learning_rate=0.5, save_steps=2, warmup_ratio=0.0, max_grad_norm=0.5),
-        data=DataSpec(path=str(root / "text.jsonl"), kind="text", eval_fraction=0.17),  # an odd number is held out
+        data=DataSpec(path=str(root / "text.jsonl"), kind="text", eval_fraction=0.175),  # 21 rows: an odd number
     )
     return replace(run, **changes)
 
@@ -103,9 +103,9 @@ def adapter(run_dir: Path) -> dict[str, Any]:
 
 def assert_same_run(run_dir: Path, alone: Path) -> None:
     """The same losses, held-out losses and adapter, to floating-point noise (bf16 autocast, another order of sums)."""
-    assert losses(run_dir) == pytest.approx(losses(alone), abs=2e-3)
+    assert losses(run_dir) == pytest.approx(losses(alone), abs=5e-3)
     assert [e["loss"] for e in events(run_dir, "eval")] == pytest.approx(
-        [e["loss"] for e in events(alone, "eval")], abs=2e-3
+        [e["loss"] for e in events(alone, "eval")], abs=5e-3
     )
     assert measurement(run_dir).tokens == measurement(alone).tokens
     one, two = adapter(alone), adapter(run_dir)
@@ -116,9 +116,7 @@ def assert_same_run(run_dir: Path, alone: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- ddp
-def test_two_ranks_take_the_step_of_one_though_one_redoes_its_micro_batches(
-    root: Path, alone: Path, go: Any
-) -> None:
+def test_two_ranks_take_the_step_of_one_though_one_redoes_its_micro_batches(root: Path, alone: Path, go: Any) -> None:
     outcome = go(spec(root), "halves")
     assert (outcome.exit_code, outcome.ended) == (0, "finished"), outcome
     assert events(go.folder, "start")[0]["effective_batch_size"] == 8

@@ -44,6 +44,8 @@ def command(ctx: click.Context, /, **params: Any) -> int:
     run_dir, run, plan = _what(ctx, params)
     if params["num_machines"] > 1 and not params["print_launch"]:
         raise InputError("--num-machines needs --print-launch", "each machine then starts its own processes")
+    if params["print_launch"] and run.gpus == 1:
+        raise InputError("--print-launch is for several GPUs", "add --gpus N, or start it without")
     if params["print_launch"]:
         return runner.print_launch(
             run_dir, run, plan, machines=params["num_machines"], resume=params["resume"], as_json=params["as_json"]

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vramplan.core.fixes import command
 from vramplan.core.types import GpuVerdict, Ledger
 from vramplan.core.units import human
 from vramplan.report import tables
@@ -90,7 +89,7 @@ def next_step(ledger: Ledger, verdicts: Sequence[GpuVerdict]) -> tuple[str, str]
     """The command that goes on from here, and what it is for."""
     run = ledger.run
     if run.gpus > 1:
-        return "To train it:", command(run)
+        return "To train it:", f"vramplan train {run.model} --gpus {run.gpus} --parallel {run.parallel} --data FILE"
     if not verdicts:
         return "Which cards hold it:", f"vramplan estimate {run.model} --gpu all"
     batch = max(run.micro_batch_size * run.accumulation, 16)

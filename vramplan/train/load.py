@@ -90,7 +90,7 @@ def load_model(run: RunSpec, source: str, device: torch.device, warn: Warn, shar
         bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_quant_storage=torch.uint8 if sharding is None else STORAGE,
     )
-    cutting = nullcontext() if sharding is None else sharding.while_loading(tied=_is_tied(run, source))
+    cutting = sharding.while_loading(tied=_is_tied(run, source)) if sharding is not None else nullcontext()
     if run.random_weights:
         model = random_model(run, Path(source), quantization, device, cutting)
     else:

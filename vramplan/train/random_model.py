@@ -26,7 +26,7 @@ def random_model(
     folder: Path,
     quantization: BitsAndBytesConfig,
     device: torch.device,
-    filling: AbstractContextManager[None] = nullcontext(),
+    filling: AbstractContextManager[None] | None = None,
 ) -> Any:
     """The model of `folder`/config.json, quantised layer by layer on the device: no full bf16 copy ever exists.
 
@@ -48,7 +48,7 @@ def random_model(
     quantizer.preprocess_model(model=model, dtype=torch.bfloat16, device_map={"": device})
     generator = torch.Generator(device).manual_seed(run.schedule.seed)
     tied = model.get_output_embeddings() if model.config.get_text_config().tie_word_embeddings else None
-    with filling:
+    with filling or nullcontext():
         for module in model.modules():
             if module is not tied:  # `tie_weights` gives it the embedding
                 _fill(module, quantization, device, generator)
