@@ -120,7 +120,9 @@ def test_a_death_of_an_earlier_run_is_forgotten(play: Any, tmp_path: Path) -> No
 
 
 # ------------------------------------------------------------------------------------------------------- restarts
-OOM_ONCE = "end(1, 'oom', 4, 'no room') if not again else end(0, 'finished', 0, 'done')\nsys.exit(not again)"
+OOM_ONCE = (
+    "say(0, 'start')\nend(1, 'oom', 4, 'no room') if not again else end(0, 'finished', 0, 'done')\nsys.exit(not again)"
+)
 
 
 def test_sharded_ranks_start_once_more_with_smaller_micro_batches(play: Any) -> None:
@@ -141,6 +143,7 @@ def test_sharded_ranks_start_once_more_with_smaller_micro_batches(play: Any) -> 
         (OOM_ONCE, {"parallel": "ddp"}),  # there a rank splits its micro-batch by itself
         (OOM_ONCE, {"parallel": "fsdp", "micro_batch_size": 1}),
         (OOM_ONCE.replace("'oom', 4", "'error', 1"), {"parallel": "fsdp"}),
+        (OOM_ONCE.replace("'start'", "'phase'"), {"parallel": "fsdp"}),  # the model itself has no room
     ],
 )
 def test_others_do_not(play: Any, script: str, changes: dict[str, Any]) -> None:
@@ -154,7 +157,9 @@ def test_others_do_not(play: Any, script: str, changes: dict[str, Any]) -> None:
 
 
 def test_it_starts_again_only_once(play: Any) -> None:
-    outcome = play("end(1, 'oom', 4, 'no room')\nsys.exit(1)", replace(RUN, parallel="fsdp", micro_batch_size=8))
+    outcome = play(
+        "say(0, 'start')\nend(1, 'oom', 4, 'no room')\nsys.exit(1)", replace(RUN, parallel="fsdp", micro_batch_size=8)
+    )
     assert outcome.exit_code == 4
     assert len([e for e in play.events if e["event"] == "restart"]) == 1
 

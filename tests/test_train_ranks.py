@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("bitsandbytes")
 
 from test_train_finetune import tune  # noqa: E402
-from train_tools import ROOT, events, make_model, make_run, make_text, measurement  # noqa: E402
+from train_tools import ROOT, events, make_model, make_run, make_text, measurement, write_rows  # noqa: E402
 
 from vramplan.core.types import DataSpec, Levers, Lora, RunSpec, Schedule  # noqa: E402
 from vramplan.errors import InputError  # noqa: E402
@@ -195,6 +195,42 @@ def test_sharded_ranks_start_again_with_smaller_micro_batches(root: Path, alone:
     for key in ("weights.nf4", "weights.embeddings", "weights.lm_head"):
         assert part[key] * 2 == whole[key]
     assert part["weights.constants"] == whole["weights.constants"]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_cards_measure_what_was_predicted_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], parallel: str
+) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("fewer than two CUDA devices")
+    from vramplan.cli import run as run_cli
+
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "long.jsonl", ["the cat sat on a mat " * 40 + str(i) for i in range(64)])
+    flags = [
+        "--gpus",
+        "2",
+        "--parallel",
+        parallel,
+        "--seq-len",
+        "512",
+        "--batch-size",
+        "2",
+        "--max-steps",
+        "4",
+        "--json",
+    ]
+    words = ["train", "tinyllama-1.1b", "--random-weights", "--data", "long.jsonl", "-o", "run", *flags]
+    assert run_cli(words) == 0, (tmp_path / "run" / "log.txt").read_text()[-3000:]
+    payload = json.loads(capsys.readouterr().out)
+    moments = {pair["key"]: pair for pair in payload["comparison"]["moments"]}
+    for key in ("resident.loaded", "resident.prepared", "resident.with_lora", "peak.allocated"):
+        assert abs(moments[key]["difference"]) < 0.02, moments[key]
+    assert len(payload["measurement"]["rank_peak_bytes"]) == 2
+    whole = {line["key"]: line["bytes"] for line in payload["predicted"]["lines"]}["weights.nf4"]
+    counted = {line["key"]: line["bytes"] for line in payload["measurement"]["lines"]}["weights.nf4"]
+    assert counted == whole
 
 
 CASES = {

@@ -52,14 +52,15 @@ def launch(
 def _launch_several(run: RunSpec, run_dir: Path, resume: bool, on_event: OnEvent) -> Outcome:
     """One process per GPU, under torchrun.
 
-    A rank that runs out of memory while weights are sharded ends them all: then once more from the last checkpoint,
-    with smaller micro-batches and the same effective batch.
+    A rank that runs out of memory in a step while weights are sharded ends them all: then once more from the last
+    checkpoint, with smaller micro-batches and the same effective batch.
     """
     with Lock(run_dir) as lock:
         watch = _Watch(run_dir, on_event, lock, run.gpus)
         outcome = watch.run(_several_command(run, run_dir, resume), _environment(run, os.environ), resume)
-        smaller = smaller_micro_batch(run) if run.parallel == "fsdp" and outcome.ended == "oom" else None
-        if smaller is None or watch.stops:
+        in_a_step = run.parallel == "fsdp" and outcome.ended == "oom" and watch.training
+        smaller = smaller_micro_batch(run) if in_a_step and not watch.stops else None
+        if smaller is None:
             return outcome
         records.write_json(run_dir / "run.json", smaller)
         on_event(_restart(run_dir, smaller, outcome))
@@ -116,6 +117,7 @@ class _Watch:
         self.run_dir, self.on_event, self.lock, self.gpus = run_dir, on_event, lock, gpus
         self.child: subprocess.Popen[bytes] | None = None
         self.ranks: Ranks | None = None
+        self.training = False  # the model is loaded and the first step has begun
         self.stops = 0  # signals that asked us to stop
         self.peak_bytes: int | None = None
 
@@ -155,6 +157,7 @@ class _Watch:
                 ended = child.poll() is not None  # looked at before reading, so that the last words are read
                 for event in tail.read():
                     ranks.note(0, event)
+                    self.training = self.training or event["event"] == "start"
                     self.on_event(event)
                 for event in ranks.read():
                     self.on_event(event)
