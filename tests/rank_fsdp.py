@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import os
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.distributed.fsdp._fully_shard._fsdp_state import _get_module_fsdp_state
 from train_tools import make_model, make_run
 
 from vramplan.core import resident
+from vramplan.core.parallel import layer_matrices
 from vramplan.core.types import Levers, Lora, RunSpec
 from vramplan.sources.hf_config import load_model as described
 from vramplan.train.finetune import build_model
@@ -41,12 +46,16 @@ def compare(root: Path, case: dict[str, Any], world: World) -> dict[str, Any]:
     whole = built(run, World())
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
     lines = {line.key: line.bytes for line in count_lines(model, optimizer, world.device)}
-    planned = resident.weights(described(str(folder)), True, levers.upcast, world.size)
-    loss, gradients = step(model, levers, reentrant)
+    description = described(str(folder))
+    planned = resident.weights(description, True, levers.upcast, world.size)
+    with Gathered(model) as gathered:
+        loss, gradients = step(model, levers, reentrant)
     loss_of_whole, expected = step(whole, levers, reentrant)
     return {
         "loss": loss,
         "loss of the whole": loss_of_whole,
+        "gathered at most": gathered.most,
+        "gathered layer": sum(2 * m.shard_bytes(2) for m in layer_matrices(description, levers.upcast)),
         "largest gradient": max(float(g.abs().max()) for g in expected.values()),
         "largest difference": max(float((gradients[n] - g).abs().max()) for n, g in expected.items()),
         "bytes": [lines.get(f"weights.{key}", 0) for key in KEYS],
@@ -63,6 +72,43 @@ def built(run: Any, world: World) -> Any:
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.05)
     return model
+
+
+class Gathered:
+    """The most bytes that FSDP2's flat buffers and gathered weights take together, in the forward and the backward."""
+
+    def __init__(self, model: Any) -> None:
+        states = [_get_module_fsdp_state(module) for module in model.modules()]
+        groups = {id(group): group for state in states if state for group in state._fsdp_param_groups}
+        self.params = [param for group in groups.values() for param in group.fsdp_params]
+        self.flat: dict[int, int] = {}
+        self.most = {"forward": 0, "backward": 0}
+
+    def __enter__(self) -> Gathered:
+        self.stock = DefaultAllGather.allocate, FSDPParam.alloc_all_gather_outputs
+        allocate, copy_out = self.stock
+
+        def allocated(comm: Any, *size: Any, **options: Any) -> Any:
+            buffer = allocate(comm, *size, **options)
+            self.flat[id(buffer)] = buffer.numel() * buffer.element_size()
+            weakref.finalize(buffer, self.flat.pop, id(buffer))
+            self.look()
+            return buffer
+
+        def copied_out(param: Any) -> None:
+            copy_out(param)
+            self.look()
+
+        DefaultAllGather.allocate, FSDPParam.alloc_all_gather_outputs = allocated, copied_out
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        DefaultAllGather.allocate, FSDPParam.alloc_all_gather_outputs = self.stock
+
+    def look(self) -> None:
+        whole = sum(t.untyped_storage().size() for param in self.params for t in param.all_gather_outputs)
+        phase = "forward" if torch._C._current_graph_task_id() == -1 else "backward"
+        self.most[phase] = max(self.most[phase], whole + sum(self.flat.values()))
 
 
 def step(model: Any, levers: Levers, reentrant: bool) -> tuple[float, dict[str, Any]]:

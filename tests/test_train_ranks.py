@@ -266,3 +266,6 @@ def test_a_sharded_model_computes_what_a_whole_one_does(compared: dict[str, dict
     assert result["largest gradient"] > 1e-4
     assert result["largest difference"] == 0.0
     assert result["bytes"] == result["planned bytes"]
+    layer, most = result["gathered layer"], result["gathered at most"]
+    assert most["forward"] == 3 * layer  # as core/gathering.py plays it
+    assert 2 * layer <= most["backward"] <= 3 * layer  # two; gloo's own thread may hold a buffer for longer

@@ -2,7 +2,7 @@
 
 torch 2.13, distributed/fsdp/_fully_shard. A gather is one flat buffer (`foreach_all_gather`), copied out into a tensor
 for each weight (`foreach_all_gather_copy_out`). In the forward the flat buffer lives until the next layer has been
-gathered, so that copying and gathering overlap; in the backward it dies at once, and the layer that comes next is
+gathered and copied out, so that the two overlap; in the backward it dies at once, and the layer that comes next is
 gathered ahead (`_backward_prefetch`). Hooks on the gradients of a layer's output and input begin and end its backward.
 Input embedding and head are gathered where they are used, without FSDP2 and its second buffer.
 """
@@ -37,8 +37,9 @@ class Gathering:
         """`FSDPParamGroup.pre_forward` of a decoder layer, with the node that ends its backward."""
         if not self.layer:
             return hidden_states
-        self.flat = self._flat()  # the one before lives until here
+        before, self.flat = self.flat, self._flat()
         self.whole_layer = self._copied_out()
+        del before  # a local variable of `wait_for_unshard`, until that returns
         return self._hooked(hidden_states, self._post_backward)
 
     def leave(self, index: int, hidden_states: Tensor) -> Tensor:
