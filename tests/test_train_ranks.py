@@ -25,6 +25,7 @@ from vramplan.core.types import DataSpec, Levers, Lora, RunSpec, Schedule  # noq
 from vramplan.errors import InputError  # noqa: E402
 from vramplan.launch import Outcome, child, launch, prepare_run_dir  # noqa: E402
 from vramplan.sources import records  # noqa: E402
+from vramplan.sources.oom_text import read_run_evidence  # noqa: E402
 
 HERE = Path(__file__).parent
 STEPS = 5
@@ -136,6 +137,9 @@ def test_a_rank_without_memory_ends_both(root: Path, go: Any) -> None:
     assert {end["exit_code"] for end in ends.values()} == {4}
     assert abs(ends[0]["t"] - ends[1]["t"]) < 5
     assert measurement(go.folder).ended == "oom"
+    evidence = read_run_evidence(go.folder)
+    assert evidence is not None and evidence.requested_bytes == 2 * 2**30
+    assert "rank_child.py" in evidence.frames[-1]  # the traceback of the rank that failed
 
 
 FILES = {0: "progress.jsonl", 1: "progress.rank1.jsonl"}

@@ -90,10 +90,10 @@ def _explain_oom(
     run_dir: Path, run: RunSpec, plan: Plan | None, ledger: Ledger, *, as_json: bool, width: int | None
 ) -> None:
     """The diagnosis of the run's log; where the log says nothing, what the ledger says."""
-    from vramplan.sources.oom_text import read_evidence
+    from vramplan.sources.oom_text import read_run_evidence
 
     try:  # an explanation that fails must not change how the run ended
-        evidence = None if as_json else read_evidence(run_dir / "log.txt")
+        evidence = None if as_json else read_run_evidence(run_dir)
         if evidence is not None:
             from vramplan.cli.diagnose import show
 

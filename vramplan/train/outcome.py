@@ -32,7 +32,7 @@ class PeerFailed(Exception):
     """Another process of the run cannot go on; all of them end the way it did."""
 
     def __init__(self, rank: int, outcome: Outcome) -> None:
-        super().__init__(outcome.message)
+        super().__init__(f"rank {rank} failed; its log says why")
         self.outcome = replace(outcome, message=f"rank {rank}: {outcome.message}")
 
 
