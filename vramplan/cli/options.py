@@ -269,15 +269,9 @@ FIT: Section = (
 )  # fmt: skip
 
 TRAIN: Section = (
-    _run("--effective-batch-size", type=Whole(), help="Micro-batch x accumulation, exactly."),
+    _run("--effective-batch-size", type=Whole(), help="Micro-batch x accumulation x GPUs, exactly."),
     _run("--random-weights", is_flag=True, help="Build the model from its config alone: memory and speed only."),
-    _run(
-        "--num-machines",
-        type=Whole(1, 1024),
-        default=1,
-        show_default=True,
-        help="Machines over which --gpus are spread; with --print-launch.",
-    ),
+    _run("--num-machines", type=Whole(1, 1024), default=1, help="Spread --gpus over these; with --print-launch."),
     _out("--print-launch", is_flag=True, help="Write the run folder and say how to start it, without starting it."),
     _run("--force", is_flag=True, help="Start although the prediction does not fit this machine's card."),
     _out("-o", "--output", metavar="RUN_DIR", help="Run folder.  [default: runs/MODEL-TIME]"),

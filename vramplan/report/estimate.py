@@ -28,7 +28,8 @@ def show_estimate(
     screen.print()
     tables.put(screen, *ledger_table(screen, ledger))
     if ledger.run.gpus > 1:
-        screen.print(Text(f"per card; tokens/s are of all {ledger.run.gpus} together", style="dim"))
+        speed = f"; tokens/s are of all {ledger.run.gpus} together" if verdicts else ""
+        screen.print(Text("per card" + speed, style="dim"))
     if any(line.basis == "modelled" and line.bytes for line in ledger.lines):
         screen.print(Text("~ modelled; everything else is counted exactly", style="dim"))
     if verdicts:

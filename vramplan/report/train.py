@@ -19,8 +19,9 @@ from vramplan.report.rows import Scale, scale_for
 def show_start(stream: TextIO, ledger: Ledger, text: str, *, width: int | None = None) -> None:
     """One line before the run starts: what is predicted, and where the run lives."""
     screen = tables.console(stream, width)
-    peak = ledger.peak
-    tables.sentence(screen, f"Predicted: {human(peak.device_bytes)} on the device, peak in {peak.phase}. {text}")
+    peak, gpus = ledger.peak, ledger.run.gpus
+    where = "the device" if gpus == 1 else f"each of {gpus} GPUs"
+    tables.sentence(screen, f"Predicted: {human(peak.device_bytes)} on {where}, peak in {peak.phase}. {text}")
 
 
 def show_result(

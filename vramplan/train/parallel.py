@@ -121,8 +121,9 @@ class World:
         if self.size > 1:
             self.meet()
             sum_gradients(parameters)
-            if divisor > 1:
-                torch._foreach_div_([parameter.grad for parameter in parameters], divisor)
+            for parameter in parameters if divisor > 1 else ():
+                if parameter.grad is not None:
+                    parameter.grad /= divisor
 
     def _exchange(self, outcome: Outcome | None) -> None:
         asked = self.stop is not None and self.stop.asked
@@ -151,10 +152,6 @@ class World:
         total = torch.as_tensor(count).to(self.device)
         dist.all_reduce(total)
         return total
-
-    def any(self, yes: bool) -> bool:
-        """Whether it is so on any rank."""
-        return self.sum(float(yes))[0] > 0
 
     # ------------------------------------------------------------------------------------------------- objects
     def from_main(self, make: Callable[[], T]) -> T:
