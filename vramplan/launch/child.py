@@ -136,6 +136,7 @@ class _Watch:
             except BaseException:  # the display failed: do not leave a training run behind that nobody watches
                 _end(child)
                 raise
+        self.lock.pids.update(self.ranks.pids.values())  # rank 0 may have been killed with the lock in its name
         return self._outcome(child.returncode, self.ranks, _last_measurement(self.run_dir, measured))
 
     def stop(self) -> None:
