@@ -19,6 +19,7 @@ import click
 import pytest
 from factories import make_gpu, make_ledger, make_measurement, make_plan, make_verdict
 
+import vramplan
 from vramplan.cli import BROKEN_PIPE, COMMANDS, INTERRUPTED, describe, root, run
 from vramplan.core.types import (
     GpuProfile,
@@ -69,6 +70,7 @@ class Rooms:
     verdict: str = "fits"
     plan: Plan | None = None
     live: GpuProfile | None = None
+    others: tuple[GpuProfile, ...] = ()
     exit_code: int = 0
     ended: str = "finished"
     message: str = ""
@@ -101,12 +103,14 @@ class Rooms:
         return self.live
 
     def live_gpus(self) -> tuple[GpuProfile, ...]:
-        return (self.live_gpu(0),)
+        return (self.live_gpu(0), *self.others)
 
     def prepare_run_dir(
         self, run_dir: Path, run: RunSpec, plan: Plan | None, *, resume: bool, prediction: Ledger | None = None
     ) -> None:
         self.prepared, self.predicted = (run_dir, run, plan, resume), prediction
+        if run.gpus > 1:
+            run_dir.mkdir(parents=True, exist_ok=True)
 
     def launch(self, run_dir: Path, *, resume: bool = False, on_event: Callable[[dict[str, Any]], None]) -> Any:
         on_event({"event": "phase", "t": 0.0, "name": "load", "message": "loading"})
@@ -127,7 +131,10 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> Rooms:
             "capacity": stand_in.capacity, "judge": stand_in.judge, "plan": stand_in.make_plan,
         },
         "vramplan.sources.gpu": {"live_gpu": stand_in.live_gpu, "live_gpus": stand_in.live_gpus},
-        "vramplan.launch": {"prepare_run_dir": stand_in.prepare_run_dir, "launch": stand_in.launch},
+        "vramplan.launch": {
+            "prepare_run_dir": stand_in.prepare_run_dir, "launch": stand_in.launch,
+            "__path__": [str(Path(vramplan.__file__).parent / "launch")],  # its modules are the real ones
+        },
     }  # fmt: skip
     for name, values in modules.items():
         module = ModuleType(name)
@@ -409,6 +416,71 @@ def test_train_builds_the_run(cli: Cli, rooms: Rooms, data: Path) -> None:
     assert rooms.predicted is not None and rooms.predicted.run == spec
     assert "Done: 60 steps" in result.out and "predicted   measured" in result.out
     assert "load: loading" in result.err and "training on the CPU" in result.err
+
+
+def test_gpus_become_part_of_the_run_and_of_the_effective_batch(cli: Cli, rooms: Rooms, data: Path) -> None:
+    words = ("train", "llama-2-7b", "--data", "d.jsonl", "-o", "out", "--gpus", 4, "--batch-size", 2)
+    for flags, expected in (((), "ddp"), (("--parallel", "fsdp"), "fsdp")):
+        assert cli(*words, "--effective-batch-size", 24, *flags).code == 0
+        assert rooms.prepared is not None
+        spec = rooms.prepared[1]
+        assert (spec.gpus, spec.parallel, spec.micro_batch_size, spec.accumulation) == (4, expected, 2, 3)
+    result = cli(*words, "--effective-batch-size", 12)
+    assert result.code == 2
+    assert "is not 2 x 1 x 4 (--batch-size x --accumulation x --gpus)" in result.error
+    cli(*ESTIMATE, "--gpus", 2)
+    assert rooms.run is not None and (rooms.run.gpus, rooms.run.parallel) == (2, "ddp")
+
+
+def test_every_one_of_several_gpus_must_be_there_and_large_enough(cli: Cli, rooms: Rooms, data: Path) -> None:
+    words = ("train", "llama-2-7b", "--data", "d.jsonl", "--gpus", 2)
+    rooms.live = make_gpu(usable=4 * GIB)
+    result = cli(*words)
+    assert result.code == 2 and result.error.startswith("error: --gpus 2, but this machine has 1")
+    rooms.others = (make_gpu(usable=3 * GIB),)
+    assert cli(*words).code == 0
+    rooms.verdict = "does_not_fit"
+    result = cli(*words)
+    assert result.code == 3 and "has 3.00 GiB usable" in result.error
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_print_launch_starts_nothing(cli: Cli, rooms: Rooms, data: Path, machines: int) -> None:
+    words = ("train", "llama-2-7b", "--data", "d.jsonl", "-o", "out", "--gpus", 4, "--num-machines", machines)
+    rooms.exit_code = 1  # of a launch that must not come
+    result = cli(*words, "--print-launch")
+    assert result.code == 0, result.err
+    assert rooms.prepared is not None and rooms.prepared[1].gpus == 4
+    torchrun, accelerate = (line.strip() for line in result.out.splitlines()[1:])
+    folder = data.parent / "out"
+    assert torchrun.startswith("torchrun --standalone " if machines == 1 else "torchrun --nnodes 2 --rdzv-backend c10d")
+    assert torchrun.endswith(f"--nproc-per-node {4 // machines} -m vramplan.train {folder}")
+    assert accelerate.startswith(f"accelerate launch --config_file {folder / 'accelerate.yaml'}")
+    config = (folder / "accelerate.yaml").read_text().splitlines()
+    assert "num_processes: 4" in config and f"num_machines: {machines}" in config
+    payload = json.loads(cli(*words, "--print-launch", "--json").out)
+    assert payload["torchrun"] == torchrun and payload["accelerate"] == accelerate
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--parallel fsdp", "--parallel fsdp needs more than one GPU"),
+        ("--gpus 0", "--gpus must be a whole number from 1"),
+        ("--gpus 4 --num-machines 2", "--num-machines needs --print-launch"),
+        ("--gpus 4 --num-machines 3 --print-launch", "--gpus 4 cannot be spread evenly over --num-machines 3"),
+        ("--print-launch", "--print-launch is for several GPUs"),
+    ],
+)
+def test_gpus_that_cannot_be(cli: Cli, rooms: Rooms, data: Path, flags: str, said: str) -> None:
+    result = cli("train", "llama-2-7b", "--data", "d.jsonl", "-o", "out", *flags.split())
+    assert result.code == 2 and said in result.error
+    assert rooms.prepared is None and not (data.parent / "out").exists()
+
+
+def test_a_trace_is_of_one_gpu(cli: Cli, rooms: Rooms) -> None:
+    result = cli(*ESTIMATE, "--trace", "--gpus", 2)
+    assert result.code == 2 and "--trace plays one GPU" in result.error
 
 
 def test_train_json(cli: Cli, rooms: Rooms, data: Path) -> None:

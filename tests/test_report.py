@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from factories import (
+    LINES,
     VERDICTS,
     make_gpu,
     make_ledger,
@@ -109,13 +110,21 @@ AUDIT = {
     ],
 }  # fmt: skip
 
+TOGETHER = make_ledger(
+    (*LINES[:1], make_line("weights.gathered", 3 * MIB, label="gathered from the other cards"), *LINES[1:]),
+    run=make_run(gpus=2, parallel="fsdp", accumulation=4),
+)
+MEASURED_TOGETHER = make_measurement(gpus=2, rank_peak_bytes=(5 * GIB, 5 * GIB - MIB))
+
 VIEWS: dict[str, tuple[Callable[..., None], tuple[object, ...]]] = {
     "estimate": (show_estimate, (make_ledger(), VERDICTS)),
+    "estimate_gpus": (show_estimate, (TOGETHER, VERDICTS)),
     "check": (show_check, (BUSY, make_ledger(), make_verdict())),
     "fit": (show_fit, (make_plan(),)),
     "fit_impossible": (show_fit, (NO_FIT,)),
     "audit": (lambda stream, event, width: show_audit(tables.console(stream, width), event), (AUDIT,)),
     "train": (show_result, (make_ledger(), make_measurement(), "runs/first/adapter")),
+    "train_gpus": (show_result, (TOGETHER, MEASURED_TOGETHER, "runs/first/adapter")),
     "gpus": (show_gpus, (CARDS, ())),
     "models": (show_models, (MODELS,)),
 }

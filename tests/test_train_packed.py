@@ -21,8 +21,8 @@ from vramplan.core.recipes import RECIPES  # noqa: E402
 from vramplan.core.types import DataSpec, Lora, RunSpec, Schedule  # noqa: E402
 from vramplan.errors import InputError  # noqa: E402
 from vramplan.train import varlen  # noqa: E402
+from vramplan.train.checks import check_packing  # noqa: E402
 from vramplan.train.outcome import Interrupted  # noqa: E402
-from vramplan.train.packing_check import check_packing  # noqa: E402
 from vramplan.train.progress import Progress  # noqa: E402
 from vramplan.train.reading import look_at_data  # noqa: E402
 from vramplan.train.trainer import QloraTrainer  # noqa: E402

@@ -114,7 +114,17 @@ def run_spec(params: Params, spec: ModelSpec | Outline) -> RunSpec:
         padding=params["padding"],
         packing=packing(params),
         trust_remote_code=params["trust_remote_code"],
+        gpus=params.get("gpus") or 1,
+        parallel=parallel(params),
     )
+
+
+def parallel(params: Params) -> str:
+    """How several GPUs train together; "none" for one."""
+    gpus, chosen = params.get("gpus") or 1, params.get("parallel")
+    if gpus == 1 and chosen is not None:
+        raise InputError(f"--parallel {chosen} needs more than one GPU", "add --gpus N")
+    return "none" if gpus == 1 else chosen or "ddp"
 
 
 def seq_len(asked: int | None, spec: ModelSpec | Outline) -> int:
@@ -133,18 +143,21 @@ def seq_len(asked: int | None, spec: ModelSpec | Outline) -> int:
 
 
 def batch(params: Params) -> tuple[int, int]:
-    """Micro-batch and accumulation, from any two of them and the effective batch."""
+    """Micro-batch and accumulation, from any two of them and the effective batch, which is that of all GPUs."""
     micro, accumulation = params.get("batch_size"), params.get("accumulation")
-    effective = params.get("effective_batch_size")
+    effective, gpus = params.get("effective_batch_size"), params.get("gpus") or 1
     if effective is None:
         return micro or 1, accumulation or 1
     if micro is None and accumulation is not None:
-        micro = effective // accumulation
+        micro = effective // (accumulation * gpus)
     micro = micro or 1
-    accumulation = effective // micro if accumulation is None else accumulation
-    if micro * accumulation != effective:
+    accumulation = effective // (micro * gpus) if accumulation is None else accumulation
+    if micro * accumulation * gpus != effective:
+        product, flags = f"{micro} x {accumulation}", "--batch-size x --accumulation"
+        if gpus > 1:
+            product, flags = f"{product} x {gpus}", f"{flags} x --gpus"
         raise InputError(
-            f"--effective-batch-size {effective} is not {micro} x {accumulation} (--batch-size x --accumulation)",
+            f"--effective-batch-size {effective} is not {product} ({flags})",
             "give two of the three, with a whole quotient",
         )
     return micro, accumulation

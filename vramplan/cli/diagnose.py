@@ -34,14 +34,14 @@ NOT_FOUND = "No out-of-memory report found in {}."
 @click.pass_context
 def command(ctx: click.Context, /, **params: Any) -> int:
     """Say why a run went out of memory and which change fixes it, from its log (- reads stdin) or its run folder."""
-    from vramplan.sources.oom_text import read_evidence
+    from vramplan.sources.oom_text import read_evidence, read_run_evidence
 
     path = params["path"]
     folder = Path(path) if path != "-" and Path(path).is_dir() else None
     run, card = _run_and_card(ctx, params, folder)
     if folder is not None and not (folder / LOG).is_file():
         raise InputError(f"{folder} is not a run folder: it holds no {LOG}", "give the log itself")
-    evidence = read_evidence(sys.stdin.buffer if path == "-" else folder / LOG if folder else path)
+    evidence = read_run_evidence(folder) if folder else read_evidence(sys.stdin.buffer if path == "-" else path)
     if evidence is None:
         _say_nothing_found("stdin" if path == "-" else path, as_json=params["as_json"])
         return OK

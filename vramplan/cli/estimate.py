@@ -18,11 +18,14 @@ EXAMPLE = "Example: vramplan estimate llama-3.1-8b --batch-size 4 --gpu rtx-4090
 
 @click.command("estimate", cls=options.SectionCommand, epilog=EXAMPLE)
 @click.argument("model")
-@options.use(options.BATCH, options.RUN, options.LORA, options.LEVERS, options.GPUS, options.TRACE, options.OUTPUT)
+@options.use(options.BATCH, options.PARALLEL, options.RUN, options.LORA, options.LEVERS, options.GPUS, options.TRACE,
+             options.OUTPUT)  # fmt: skip
 def command(**params: Any) -> int:
     """Predict the memory of fine-tuning MODEL: a built-in name, a Hub id, or a path to config.json or its folder."""
     if params["full_depth"] and not params["trace"]:
         raise InputError("--full-depth is about tracing", "add --trace")
+    if params["trace"] and params["gpus"] > 1:
+        raise InputError("--trace plays one GPU", "leave out --gpus, or --trace")
     cards = _able(build.cards(params["gpu"]), packing=params["packing"])
     chip = next((card for card, named in cards if named), None)
     ledger, spec = _traced(params, chip) if params["trace"] else _played(params, chip)

@@ -224,6 +224,12 @@ BATCH: Section = (
          help="Micro-batches per optimizer step.  [default: 1]"),
 )  # fmt: skip
 
+PARALLEL: Section = (
+    _run("--gpus", type=Whole(1, 1024), default=1, show_default=True, help="GPUs that train together, all machines."),
+    _run("--parallel", type=click.Choice(("ddp", "fsdp")),
+         help="ddp: the model whole on each GPU. fsdp: its weights shared out.  [default: ddp]"),
+)  # fmt: skip
+
 LORA: Section = (
     _lora("--lora-r", type=Whole(1, 65536), default=16, show_default=True, help="Rank."),
     _lora("--lora-alpha", type=Whole(), default=32, show_default=True, help="Scale is alpha / rank."),
@@ -303,9 +309,11 @@ FIT: Section = (
 )  # fmt: skip
 
 TRAIN: Section = (
-    _run("--effective-batch-size", type=Whole(), help="Micro-batch x accumulation, exactly."),
+    _run("--effective-batch-size", type=Whole(), help="Micro-batch x accumulation x GPUs, exactly."),
     _run("--random-weights", is_flag=True, help="Build the model from its config alone: memory and speed only."),
     _out("--data-only", is_flag=True, help="Read and show the data, load no model, stop."),
+    _run("--num-machines", type=Whole(1, 1024), default=1, help="Spread --gpus over these; with --print-launch."),
+    _out("--print-launch", is_flag=True, help="Write the run folder and say how to start it, without starting it."),
     _run("--force", is_flag=True, help="Start although the prediction does not fit this machine's card."),
     _out("-o", "--output", metavar="RUN_DIR", help="Run folder.  [default: runs/MODEL-TIME]"),
     _out("--resume", is_flag=True, help="Go on from the last checkpoint in RUN_DIR."),

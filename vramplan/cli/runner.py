@@ -90,14 +90,35 @@ def show_data(run_dir: Path, run: RunSpec, plan: Plan | None, *, as_json: bool, 
     return code
 
 
+def print_launch(run_dir: Path, run: RunSpec, plan: Plan | None, *, machines: int, resume: bool, as_json: bool) -> int:
+    """Write the run folder and accelerate's config, and say how to start the run with either launcher."""
+    from vramplan.launch import prepare_run_dir
+    from vramplan.launch.torchrun import CONFIG, HOST, per_machine, write_launch
+
+    count = per_machine(run, machines)
+    prepare_run_dir(run_dir, run, plan, resume=resume)
+    commands = write_launch(run, run_dir, resume=resume, machines=machines)
+    if as_json:
+        print_json({"schema_version": 1, "run_dir": str(run_dir), **commands, "config": str(run_dir / CONFIG)})
+        return OK
+    where = f"on each of {machines} machines" if machines > 1 else "on this machine"
+    click.echo(f"{count} process{'es' if count > 1 else ''} {where}, by one of")
+    for command in commands.values():
+        click.echo(f"  {command}")
+    if machines > 1:
+        build.note(f"{HOST} is a name or address of the first machine that the others can reach; --machine_rank counts")
+        build.note("the run folder, the model and the data must be at the same place on all of them")
+    return OK
+
+
 def _explain_oom(
     run_dir: Path, run: RunSpec, plan: Plan | None, ledger: Ledger, *, as_json: bool, width: int | None
 ) -> None:
     """The diagnosis of the run's log; where the log says nothing, what the ledger says."""
-    from vramplan.sources.oom_text import read_evidence
+    from vramplan.sources.oom_text import read_run_evidence
 
     try:  # an explanation that fails must not change how the run ended
-        evidence = None if as_json else read_evidence(run_dir / "log.txt")
+        evidence = None if as_json else read_run_evidence(run_dir)
         if evidence is not None:
             from vramplan.cli.diagnose import show
 

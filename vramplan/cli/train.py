@@ -11,13 +11,13 @@ import click
 from vramplan.cli import build, options, runner
 from vramplan.cli.options import flag_of
 from vramplan.cli.schedule_options import SCHEDULE
-from vramplan.core.types import Ledger, ModelSpec, Plan, RunSpec, Schedule
+from vramplan.core.types import GpuProfile, Ledger, ModelSpec, Plan, RunSpec, Schedule
 from vramplan.errors import DoesNotFit, InputError, VramplanError
 
 SHAPING = (  # what a plan has settled
     "batch_size", "accumulation", "effective_batch_size", "seq_len", "recipe", "double_quant", "padding", "packing",
     "lora_r", "lora_alpha", "lora_targets", "lora_dropout", "upcast", "loss", "checkpointing",
-    "gradient_checkpointing", "checkpoint_offload", "optim", "attn", "allocator", "kernels",
+    "gradient_checkpointing", "checkpoint_offload", "optim", "attn", "allocator", "kernels", "gpus", "parallel",
 )  # fmt: skip
 
 DATA_FLAGS = (
@@ -32,8 +32,8 @@ EXAMPLE = "Example: vramplan train plan.json --data conversations.jsonl -o runs/
 
 @click.command("train", cls=options.SectionCommand, epilog=EXAMPLE)
 @click.argument("model", required=False, metavar="MODEL|plan.json")
-@options.use(options.DATA, options.TRAIN, SCHEDULE, options.BATCH, options.RUN, options.LORA, options.LEVERS,
-             options.OUTPUT)  # fmt: skip
+@options.use(options.DATA, options.TRAIN, SCHEDULE, options.BATCH, options.PARALLEL, options.RUN, options.LORA,
+             options.LEVERS, options.OUTPUT)  # fmt: skip
 @click.pass_context
 def command(ctx: click.Context, /, **params: Any) -> int:
     """Fine-tune MODEL, or carry out a plan that `vramplan fit -o` wrote."""
@@ -41,6 +41,14 @@ def command(ctx: click.Context, /, **params: Any) -> int:
     run_dir, run, plan = _what(ctx, params)
     if params["data_only"]:
         return runner.show_data(run_dir, run, plan, as_json=params["as_json"], width=params["width"])
+    if params["num_machines"] > 1 and not params["print_launch"]:
+        raise InputError("--num-machines needs --print-launch", "each machine then starts its own processes")
+    if params["print_launch"] and run.gpus == 1:
+        raise InputError("--print-launch is for several GPUs", "add --gpus N, or start it without")
+    if params["print_launch"]:
+        return runner.print_launch(
+            run_dir, run, plan, machines=params["num_machines"], resume=params["resume"], as_json=params["as_json"]
+        )
     ledger = _price(run, plan, force=params["force"])
     build.warn(*ledger.warnings, *_evaluation_warnings(run))
     return runner.run_training(
@@ -144,13 +152,8 @@ def _price(run: RunSpec, plan: Plan | None, *, force: bool) -> Ledger:
     from vramplan.core.ledger import estimate
     from vramplan.core.plan import judge
     from vramplan.core.units import human
-    from vramplan.sources.gpu import live_gpu
 
-    try:
-        card = live_gpu(0)
-    except VramplanError as error:
-        build.note(f"{error.message}: training on the CPU, where GPU memory cannot be measured")
-        card = None
+    card = _card(run)
     ledger = plan.ledger if plan is not None else estimate(_spec(run), run, card)
     if card is not None and judge(ledger, card) == "does_not_fit":
         need, usable = human(ledger.peak.device_bytes), human(card.usable_bytes)
@@ -159,6 +162,23 @@ def _price(run: RunSpec, plan: Plan | None, *, force: bool) -> Ledger:
             raise DoesNotFit(text, "vramplan fit plans for this card; --force tries anyway")
         build.warn(text)
     return ledger
+
+
+def _card(run: RunSpec) -> GpuProfile | None:
+    """The card to train on, of several the one with the least room; None for the CPU. InputError if there are fewer."""
+    from vramplan.sources.gpu import live_gpu, live_gpus
+
+    try:
+        cards = (live_gpu(0),) if run.gpus == 1 else live_gpus()
+    except VramplanError as error:
+        build.note(f"{error.message}: training on the CPU, where GPU memory cannot be measured")
+        return None
+    if len(cards) < run.gpus:
+        raise InputError(
+            f"--gpus {run.gpus}, but this machine has {len(cards)}",
+            "over several machines, start it with --print-launch",
+        )
+    return min(cards[: run.gpus], key=lambda card: card.usable_bytes)
 
 
 def _spec(run: RunSpec) -> ModelSpec:

@@ -201,6 +201,7 @@ def command(run: RunSpec) -> str:
     words = ["vramplan", "train", run.model, "--data", run.data.path if run.data else "FILE"]
     words += ["--batch-size", str(run.micro_batch_size), "--accumulation", str(run.accumulation)]
     words += ["--seq-len", str(run.seq_len)]
+    words += ["--gpus", str(run.gpus), "--parallel", run.parallel] if run.gpus > 1 else []
     words += _lora_flags(run.lora)
     recipe = run.recipe if run.recipe in RECIPES else "lean"
     words += ["--recipe", recipe] if recipe != "lean" else []

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from . import architecture as arch
 from .ops import BF16, FP32, Grads, _first, cast, like
+from .parallel import shards
 from .tape import Node, Tape, Tensor
 from .types import Lora, ModelSpec, RunSpec
 
@@ -35,6 +36,7 @@ def is_fused(spec: ModelSpec, run: RunSpec) -> bool:
     """Whether the layers of this run are fused; else they are transformers' and PEFT's own."""
     return (
         run.levers.kernels == "fused"
+        and shards(run) == 1
         and run.levers.upcast == "none"
         and run.levers.optimizer not in SHAPED
         and run.lora.dropout == 0

@@ -8,9 +8,8 @@ from .tape import Node, Tape, Tensor
 from .types import ModelSpec, RunSpec
 
 
-def full_loss(tape: Tape, spec: ModelSpec, run: RunSpec, hidden_states: Tensor, head_dtype: str) -> list[Tensor]:
+def full_loss(tape: Tape, spec: ModelSpec, run: RunSpec, hidden_states: Tensor, weight: Tensor) -> list[Tensor]:
     """`LlamaForCausalLM.forward` from its hidden states: [loss, logits]; the bf16 logits live as long as the output."""
-    weight = tape.constant(spec.vocab_size, spec.hidden_size, head_dtype)
     logits = linear(tape, hidden_states, weight, "logits", bias=spec.lm_head_bias)
     if spec.final_logit_softcapping is not None:
         logits = unary(tape, logits, "logits / cap")

@@ -13,6 +13,7 @@ from .expandable import Expandable, allocator
 from .fused import is_fused
 from .growth import play_grown
 from .loading import Held, Loader
+from .parallel import check_parallel, nccl_bytes, shards
 from .replay import Played, live_at_peak, play_run, workspaces
 from .timeline import play
 from .types import (
@@ -59,6 +60,7 @@ LABELS = {
     "activations.layers": "saved by the layers",
     "activations.head": "final norm",
     "activations.gradients": "gradients in flight",
+    "weights.gathered": "gathered from the other cards",
     "workspace.dequantised": "weight dequantised to bf16",
     "workspace.cublas": "cuBLAS workspaces",
     "loss.logits": "logits",
@@ -109,24 +111,31 @@ def check_run(spec: ModelSpec, run: RunSpec) -> None:
         raise Unplannable(f"the LoRA dropout must be at least 0 and below 1, not {run.lora.dropout}")
     if run.levers.optimizer not in OPTIMIZERS:
         raise Unplannable(f"no optimizer is called {run.levers.optimizer!r}", "known: " + ", ".join(OPTIMIZERS))
+    check_parallel(run)
     if run.levers.resident_layers is not None:
         raise Unplannable("streaming of layers cannot be planned yet", "leave resident_layers out")
 
 
 @lru_cache(maxsize=16)
 def _loaded(
-    spec: ModelSpec, double_quant: bool, lora: Lora, upcast: str, kind: str, random_weights: bool, flat: bool
+    spec: ModelSpec,
+    double_quant: bool,
+    lora: Lora,
+    upcast: str,
+    kind: str,
+    random_weights: bool,
+    parts: int,
+    flat: bool,
 ) -> tuple[Held, Native]:
-    loader = Loader(allocator(kind), spec, double_quant, random_weights)
+    loader = Loader(allocator(kind), spec, double_quant, random_weights, parts)
     return loader.prepare(upcast, lora, flat), loader.memory
 
 
 def loaded(spec: ModelSpec, run: RunSpec) -> tuple[Held, Native]:
     """A fresh process before its first step. Kept, because a search tries many runs of one model: clone it."""
-    levers = run.levers
-    return _loaded(
-        spec, run.double_quant, run.lora, levers.upcast, levers.allocator, run.random_weights, is_fused(spec, run)
-    )
+    upcast, kind = run.levers.upcast, run.levers.allocator
+    fused = is_fused(spec, run)
+    return _loaded(spec, run.double_quant, run.lora, upcast, kind, run.random_weights, shards(run), fused)
 
 
 def simulate(
@@ -224,6 +233,7 @@ def estimate(model: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None) -> L
     reserved = max(sim.played.reserved_bytes, loading.reserved_bytes)
     least = max(steps + tails, min(int(loading.peak_bytes * (1 + MARGIN[kind])), reserved))
     reserved = max(reserved, least)
+    nccl = nccl_bytes(run, card)
     lines += [
         Line(key="overhead.allocator", label="fragmentation that cannot be avoided", bytes=steps - allocated,
              formula="smallest cap that the replay survives, with a margin", basis="modelled", group="overhead"),
@@ -233,6 +243,8 @@ def estimate(model: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None) -> L
              formula="peak of loading and preparing, with a margin", basis="modelled", group="overhead"),
         Line(key="overhead.context", label="CUDA context", bytes=card.context_bytes,
              formula="per process and card", basis=card.context_basis, group="overhead"),
+        Line(key="overhead.nccl", label="NCCL's buffers", bytes=nccl, formula="4 MiB and two smaller ones per channel",
+             basis="modelled", group="overhead"),
     ]  # fmt: skip
     peaks = {"load": loading.load_peak_bytes, **sim.played.allocated}
     return Ledger(
@@ -246,7 +258,7 @@ def estimate(model: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None) -> L
             phase=phase,
             reserved_bytes=reserved,
             minimum_bytes=least,
-            device_bytes=least + card.context_bytes,
+            device_bytes=least + card.context_bytes + nccl,
         ),
         phases=tuple(PhasePeak(name=name, peak_bytes=size) for name, size in peaks.items()),
         lines=tuple(line for line in lines if line.bytes),
@@ -256,7 +268,7 @@ def estimate(model: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None) -> L
 
 def _lines(model: ModelSpec, run: RunSpec, sim: Simulation, live: list[tuple[int, int]]) -> list[Line]:
     """Resident rows, then the tensors of the step that are alive at the peak, by key."""
-    lines = resident.weight_lines(model, run.double_quant, run.levers.upcast)
+    lines = resident.weight_lines(model, run.double_quant, run.levers.upcast, shards(run))
     r = run.lora.r
     trainable = arch.trainable_parameters(model, run.lora)
     lines.append(
@@ -312,7 +324,7 @@ def _formula(tensors: dict[tuple[str, int, int, str], tuple[int, int]]) -> str:
 
 def _expert_warnings(model: ModelSpec, run: RunSpec) -> list[str]:
     """What surprises with a mixture of experts: its weights, prepare_model_for_kbit_training, PEFT's all-linear."""
-    size = resident.weights(model, run.double_quant).experts_bytes
+    size = resident.weights(model, run.double_quant, parts=shards(run)).experts_bytes
     out = [f"the experts are 3-D parameters that bitsandbytes does not quantise: {human(size)} stay bf16"]
     if run.levers.upcast == "all":
         out = [

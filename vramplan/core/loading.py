@@ -5,6 +5,8 @@ less. A weight comes to the card in bf16, is quantised there and dropped, before
 loads without threads when it quantises on the way (core_model_loading.py), in the order of the checkpoint's names.
 Before that, `caching_allocator_warmup` (modeling_utils.py) takes one block of about the model's size and gives it back
 to the cache. Random weights have no checkpoint: they come module by module, drawn and scaled, which takes them twice.
+Where several cards share the weights out, each keeps its part of one as soon as it is there (`vramplan.train.fsdp`),
+and there is no warm-up.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import NamedTuple
 from . import architecture as arch
 from .allocator import Native, Op, units
 from .fused import lora_shapes
+from .parallel import packed_rows, shard_rows, vocabulary_shards
 from .types import Lora, ModelSpec, Resident
 
 NF4_CODE_BYTES, NESTED_CODE_BYTES = 64, 1024
@@ -35,9 +38,12 @@ class Loader:
     The operations of a layer are written down once, by `_tensor` and `_dies`, and run for every layer.
     """
 
-    def __init__(self, memory: Native, spec: ModelSpec, double_quant: bool, drawn: bool = False) -> None:
+    def __init__(
+        self, memory: Native, spec: ModelSpec, double_quant: bool, drawn: bool = False, parts: int = 1
+    ) -> None:
         self.memory = memory
         self.drawn = drawn  # random weights
+        self.parts = parts  # cards among which the matrices are shared out
         self.spec = spec
         self.double_quant = double_quant
         self.live: dict[int, int] = {}  # the blocks of what is resident
@@ -69,7 +75,8 @@ class Loader:
             self._head()
             self.memory.empty_cache()
         else:
-            self.memory.free(self.memory.malloc(self.warmup_bytes()))
+            if self.parts == 1:
+                self.memory.free(self.memory.malloc(self.warmup_bytes()))
             self._head()
             self._embedding()
             self._layers_by_name()
@@ -134,10 +141,14 @@ class Loader:
         if linear.quantised:
             self._quantise(elements)
         else:
-            self._parameter(linear.name, elements, matrix=True)
+            self._matrix(linear.name, linear.out_features, linear.in_features, self.parts)
 
     def _vector(self, name: str, elements: int) -> None:
-        self._parameter(name, elements, matrix=arch.is_expert(name), merged=arch.is_expert(name))
+        if arch.is_expert(name):
+            rows = self.spec.num_experts
+            self._matrix(name, rows, elements // rows, self.parts, merged=True)
+        else:
+            self._parameter(name, elements)
 
     def _outer(self) -> None:
         """Final norm and buffers."""
@@ -148,21 +159,24 @@ class Loader:
         self._run()
 
     def _embedding(self) -> None:
-        self._parameter("embed", self.spec.vocab_size * self.spec.hidden_size, matrix=True)
-        self._run()
+        self._vocabulary("embed")
 
     def _head(self) -> None:
         if not self.spec.tie_word_embeddings:
-            self._parameter("lm_head", self.spec.vocab_size * self.spec.hidden_size, matrix=True)
-            self._run()
+            self._vocabulary("lm_head")
+
+    def _vocabulary(self, name: str) -> None:
+        spec = self.spec
+        self._matrix(name, spec.vocab_size, spec.hidden_size, vocabulary_shards(spec, self.parts))
+        self._run()
 
     def _quantise(self, elements: int) -> None:
         """bitsandbytes `quantize_4bit` on the card: scales before the packed weight, then the scales of the scales."""
         weight = self._arrive(elements)
         blocks = -(-elements // 64)
         absmax = self._tensor(4 * blocks)
-        for size in (-(-elements // 2), NF4_CODE_BYTES):
-            self._tensor(size)
+        packed = self._tensor(-(-elements // 2))
+        self._tensor(NF4_CODE_BYTES)
         if self.double_quant:
             self._tensor(4)  # offset
             shifted = self._tensor(4 * blocks)
@@ -171,14 +185,27 @@ class Loader:
             self._dies(shifted)
             self._dies(absmax)
         self._dies(weight)
+        if self.parts > 1:
+            self._kept(packed, 2 * shard_rows(packed_rows(elements), self.parts))
 
-    def _parameter(self, name: str, elements: int, matrix: bool = False, merged: bool = False) -> None:
-        """`merged`: a checkpoint's experts come one by one and are stacked (`MergeModulelist`): twice the bytes."""
-        key = self._arrive(elements, merged) if matrix else self._tensor(2 * elements)
-        self._named.append((name, elements, key))
+    def _parameter(self, name: str, elements: int) -> None:
+        self._named.append((name, elements, self._tensor(2 * elements)))
+
+    def _matrix(self, name: str, rows: int, columns: int, parts: int, merged: bool = False) -> None:
+        """One that is not quantised, of which this card keeps one of `parts`."""
+        key, kept = self._arrive(rows * columns, merged), shard_rows(rows, parts) * columns
+        if parts > 1:
+            key = self._kept(key, 2 * kept)
+        self._named.append((name, kept, key))
+
+    def _kept(self, whole: int, size: int) -> int:
+        part = self._tensor(size)
+        self._dies(whole)
+        return part
 
     def _arrive(self, elements: int, merged: bool = False) -> int:
-        """A bf16 matrix on the card."""
+        """A bf16 matrix on the card. `merged`: a checkpoint's experts come one by one and are stacked
+        (`MergeModulelist`): twice the bytes."""
         if not self.drawn and not merged:
             return self._tensor(2 * elements)
         first = self._tensor(2 * elements)

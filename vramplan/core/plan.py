@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from . import resident
 from .ledger import MARGIN, estimate
+from .parallel import nccl_bytes, shards
 from .replay import workspaces
 from .speed import tokens_per_s
 from .timeline import play
@@ -26,7 +27,8 @@ def judge(ledger: Ledger, gpu: GpuProfile) -> str:
     if ledger.peak.device_bytes > gpu.usable_bytes:
         return "does_not_fit"
     cached = max(ledger.peak.reserved_bytes, ledger.peak.minimum_bytes)
-    return "fits" if cached + gpu.context_bytes <= gpu.usable_bytes else "tight"
+    outside = gpu.context_bytes + nccl_bytes(ledger.run, gpu)
+    return "fits" if cached + outside <= gpu.usable_bytes else "tight"
 
 
 class Quick:
@@ -38,7 +40,8 @@ class Quick:
         self.known: dict[tuple[object, ...], tuple[int, Unrolled]] = {}
 
     def bytes(self, run: RunSpec, gpu: GpuProfile) -> int:
-        return int(self._played(run, gpu)[0] * (1.01 + MARGIN[run.levers.allocator])) + gpu.context_bytes
+        outside = gpu.context_bytes + nccl_bytes(run, gpu)
+        return int(self._played(run, gpu)[0] * (1.01 + MARGIN[run.levers.allocator])) + outside
 
     def speed(self, run: RunSpec, gpu: GpuProfile) -> int | None:
         return tokens_per_s(self.model, run, gpu, self._played(run, gpu)[1])
@@ -48,14 +51,14 @@ class Quick:
             gpu.compute_capability, gpu.sm_count)  # fmt: skip
         shape = (run.micro_batch_size, run.seq_len, min(run.accumulation, 2), run.padding, run.packing,
                  run.driver)  # fmt: skip
-        key = (shape, run.levers, run.lora, run.double_quant, chip)
+        key = (shape, run.levers, run.lora, run.double_quant, chip, run.gpus, run.parallel)
         if key not in self.known:
             unrolled = play(self.model, run, gpu)
             self.known[key] = (self._resident(run, unrolled) + unrolled.peak_bytes(), unrolled)
         return self.known[key]
 
     def _resident(self, run: RunSpec, unrolled: Unrolled) -> int:
-        weights = resident.weights(self.model, run.double_quant, run.levers.upcast).total_bytes
+        weights = resident.weights(self.model, run.double_quant, run.levers.upcast, shards(run)).total_bytes
         state, _ = resident.optimizer_bytes(self.model, run)
         return weights + resident.lora_bytes(self.model, run) + state + sum(workspaces(unrolled))
 

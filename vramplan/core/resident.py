@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from . import architecture as arch
 from .fused import adapter_shapes
+from .parallel import packed_rows, shard_rows, vocabulary_shards
 from .tape import GRANULE
 from .types import Line, ModelSpec, RunSpec
 from .units import round_up
@@ -23,9 +24,9 @@ def rounded(size: int) -> int:
     return round_up(size, GRANULE)
 
 
-def packed_bytes(elements: int) -> int:
-    """Two 4-bit values a byte."""
-    return rounded(-(-elements // 2))
+def packed_bytes(elements: int, parts: int = 1) -> int:
+    """Two 4-bit values a byte; of `parts` cards that share them out, one's part."""
+    return rounded(-(-elements // 2) if parts == 1 else 2 * shard_rows(packed_rows(elements), parts))
 
 
 def constants_bytes(elements: int, double_quant: bool) -> int:
@@ -54,25 +55,28 @@ class Weights(NamedTuple):
         return sum(self)
 
 
-def weights(spec: ModelSpec, double_quant: bool, upcast: str = "none") -> Weights:
-    """The frozen model on the card. `upcast`: "all" makes every unquantised parameter float32, "norms" the norms."""
+def weights(spec: ModelSpec, double_quant: bool, upcast: str = "none", parts: int = 1) -> Weights:
+    """The frozen model on the card. `upcast`: "all" makes every unquantised parameter float32, "norms" the norms.
+
+    `parts`: into how many its matrices are shared out (`core/parallel.py`); this is one card's part.
+    """
     linears = arch.layer_linears(spec)
     wide = 4 if upcast == "all" else 2
     quantised = [x.in_features * x.out_features for x in linears if x.quantised]
-    plain = [x.in_features * x.out_features for x in linears if not x.quantised]
+    plain = [shard_rows(x.out_features, parts) * x.in_features for x in linears if not x.quantised]
     vectors = arch.layer_vectors(spec)
 
     def size(name: str) -> int:
         return 4 if upcast == "norms" and "norm" in name else wide
 
-    experts = sum(rounded(wide * n) for name, n in vectors if arch.is_expert(name))
+    experts = sum(rounded(wide * expert_elements(spec, n, parts)) for name, n in vectors if arch.is_expert(name))
     others = sum(rounded(size(name) * n) for name, n in vectors if not arch.is_expert(name))
     outer = sum(rounded(size(name) * n) for name, n in arch.outer_vectors(spec))
     buffers = sum(rounded(4 * n) for n in arch.buffer_elements(spec))
-    embedding = rounded(wide * spec.vocab_size * spec.hidden_size)
+    embedding = rounded(wide * shard_rows(spec.vocab_size, vocabulary_shards(spec, parts)) * spec.hidden_size)
     layers = spec.num_layers
     return Weights(
-        nf4_bytes=layers * sum(packed_bytes(n) for n in quantised),
+        nf4_bytes=layers * sum(packed_bytes(n, parts) for n in quantised),
         constants_bytes=layers * sum(constants_bytes(n, double_quant) for n in quantised),
         embeddings_bytes=embedding,
         lm_head_bytes=0 if spec.tie_word_embeddings else embedding,
@@ -80,6 +84,11 @@ def weights(spec: ModelSpec, double_quant: bool, upcast: str = "none") -> Weight
         experts_bytes=layers * experts,
         plain_bytes=layers * sum(rounded(wide * n) for n in plain),
     )
+
+
+def expert_elements(spec: ModelSpec, elements: int, parts: int) -> int:
+    """One card's part of a 3-D parameter that holds all experts."""
+    return shard_rows(spec.num_experts, parts) * (elements // spec.num_experts)
 
 
 def lora_bytes(spec: ModelSpec, run: RunSpec) -> int:
@@ -166,9 +175,9 @@ def _state(name: str, rows: int, columns: int) -> int:
     return moments(name) * _moment_bytes(name, n) + _absmax(name, n) + steps
 
 
-def weight_lines(spec: ModelSpec, double_quant: bool, upcast: str) -> list[Line]:
-    """The resident weights as ledger rows."""
-    w = weights(spec, double_quant, upcast)
+def weight_lines(spec: ModelSpec, double_quant: bool, upcast: str, parts: int = 1) -> list[Line]:
+    """The resident weights as ledger rows, of one card."""
+    w = weights(spec, double_quant, upcast, parts)
     params = sum(x.in_features * x.out_features for x in arch.layer_linears(spec) if x.quantised) * spec.num_layers
     wide = "4 (float32)" if upcast == "all" else "2 (bf16)"
     table = f"{spec.vocab_size} x {spec.hidden_size} x {wide}"
@@ -176,13 +185,15 @@ def weight_lines(spec: ModelSpec, double_quant: bool, upcast: str) -> list[Line]
     head = "tied" if spec.tie_word_embeddings else "untied"
     experts = sum(n for name, n in arch.layer_vectors(spec) if arch.is_expert(name)) * spec.num_layers
     plain = sum(x.in_features * x.out_features for x in arch.layer_linears(spec) if not x.quantised) * spec.num_layers
+    share = f" / {parts} cards" if parts > 1 else ""
+    table += f" / {parts} cards" if vocabulary_shards(spec, parts) > 1 else ""
     rows = [
-        ("weights.nf4", "4-bit weights (NF4)", w.nf4_bytes, f"{params:,} parameters / 2"),
+        ("weights.nf4", "4-bit weights (NF4)", w.nf4_bytes, f"{params:,} parameters / 2{share}"),
         ("weights.constants", "quantisation constants", w.constants_bytes, f"{params:,} x ({per}) + code tables"),
         ("weights.embeddings", f"input embedding, {head}", w.embeddings_bytes, table),
         ("weights.lm_head", "output head", w.lm_head_bytes, table),
-        ("weights.plain", "Linears, not quantised", w.plain_bytes, f"{plain:,} x {wide}"),
-        ("weights.experts", "experts, not quantised", w.experts_bytes, f"{experts:,} x {wide}"),
+        ("weights.plain", "Linears, not quantised", w.plain_bytes, f"{plain:,} x {wide}{share}"),
+        ("weights.experts", "experts, not quantised", w.experts_bytes, f"{experts:,} x {wide}{share}"),
         ("weights.other", "norms, biases, buffers", w.other_bytes, "each tensor rounded up to 512 bytes"),
     ]
     return [Line(key=k, label=t, bytes=b, formula=f, group="weights") for k, t, b, f in rows if b]

@@ -3,17 +3,24 @@
 Matrix products at a share of the card's dense bf16 rate; every tensor born in the step written once and read twice at
 a share of its memory bandwidth; and never faster than the CPU can launch one kernel per tensor. The three shares are
 read off `profiles/calibration` rows of one card (docs/measurements); treat the result as a guide, not a promise.
+
+Several cards work at the pace of one, wait for the sum of the gradients once per step (a ring: twice the bytes over the
+link), and where they share the weights out, for the gathering of layers that does not hide behind the computing. The
+link is taken to be PCIe: cards with NVLink are faster.
 """
 
 from __future__ import annotations
 
 from . import architecture as arch
 from .fused import is_fused, skips_last
+from .parallel import layer_matrices, shards
+from .resident import lora_bytes
 from .timeline import checkpoint_period
 from .types import GpuProfile, ModelSpec, RunSpec
 from .unroll import Unrolled
 
 MATMUL_SHARE, BANDWIDTH_SHARE = 0.75, 0.75
+LINK_SHARE, LINK_BYTES_PER_S = 0.75, 16 * 10**9  # of the card's PCIe rate; what is taken where that is not known
 TOUCHES = 3  # a tensor is written once and read twice
 # Per tensor born: Python, dispatch and launch on one core, PEFT's wrappers included; or, where a micro-step of fused
 # layers is started as one CUDA graph, what its smallest kernels take.
@@ -41,7 +48,7 @@ def step_flops(model: ModelSpec, run: RunSpec) -> int:
 
 
 def tokens_per_s(model: ModelSpec, run: RunSpec, gpu: GpuProfile, unrolled: Unrolled) -> int | None:
-    """Modelled training speed; None when the card's rates are not known."""
+    """Modelled training speed of all cards together; None when the card's rates are not known."""
     flops = gpu.bf16_flops_per_s or gpu.fp16_flops_per_s
     if not flops or not gpu.bandwidth_bytes_per_s:
         return None
@@ -56,4 +63,17 @@ def tokens_per_s(model: ModelSpec, run: RunSpec, gpu: GpuProfile, unrolled: Unro
     traffic = TOUCHES * born / micro_steps / (BANDWIDTH_SHARE * gpu.bandwidth_bytes_per_s)
     each = GRAPHED_SECONDS if is_fused(model, run) else LAUNCH_SECONDS
     seconds = max(compute + traffic, kernels / micro_steps * each)
-    return round(run.micro_batch_size * run.seq_len / seconds)
+    gathering, summing = link_seconds(model, run, gpu)
+    seconds = max(seconds, gathering) + summing / run.accumulation
+    return round(run.gpus * run.micro_batch_size * run.seq_len / seconds)
+
+
+def link_seconds(model: ModelSpec, run: RunSpec, gpu: GpuProfile) -> tuple[float, float]:
+    """(gathering of the layers in one micro-step, summing of the gradients in one step) between the cards."""
+    rate = LINK_SHARE * (gpu.pcie_bytes_per_s or LINK_BYTES_PER_S) * run.gpus / max(run.gpus - 1, 1)
+    if run.gpus == 1:
+        return 0.0, 0.0
+    gathered = 0
+    if shards(run) > 1:  # once for the forward, once for the backward
+        gathered = 2 * model.num_layers * sum(m.shard_bytes(1) for m in layer_matrices(model, run.levers.upcast))
+    return gathered / rate, 2 * lora_bytes(model, run) / rate

@@ -16,11 +16,13 @@ from math import lcm
 from . import architecture as arch
 from .blocks import Adapters, Player, Shared, block
 from .fused import FlatLora, HostInputs, adapter_shapes, checkpoint
+from .gathering import Gathering
 from .head import chunked_loss, full_loss, labelled_rows
 from .masks import always_masked, mask_given, mask_kind, padded, pattern_period
 from .ops import BF16, FP32, dropout, unary
+from .parallel import largest_bucket
 from .tables import make_mask, position_ids, rotary_tables
-from .tape import Leaf, Recorder, Tape, Tensor
+from .tape import DTYPE_BYTES, Leaf, Recorder, Tape, Tensor
 from .types import GpuProfile, ModelSpec, RunSpec
 from .unroll import Unrolled
 from .varlen import borders
@@ -52,6 +54,7 @@ class Step:
         self.tape = Tape(self.rec, gpu.compute_capability)
         self.player = Player(self.tape, spec, run, gpu)
         self.positions: Tensor | None = None  # a packed batch brings its own
+        self.gathering = Gathering(self.tape, spec, run)
         self.wide = FP32 if run.levers.upcast == "all" else BF16
         lora = run.lora
         fuses = self.player.fuses
@@ -120,6 +123,7 @@ class Step:
         del seed
         tape.layer = -1
         self.rec.mark("backward end")
+        self.gathering.end_backward()
         self.player.forget()
         tape.in_backward = False
         self.positions = None
@@ -152,7 +156,9 @@ class Step:
     def embed(self, tokens: int) -> Tensor:
         """The embedding's output; checkpointing makes it require a gradient (`enable_input_require_grads`)."""
         tape, hidden = self.tape, self.spec.hidden_size
+        weight = self.gathering.whole("embed_tokens")
         inputs = tape.new("inputs_embeds", tokens, hidden, self.wide)
+        del weight
         if self.spec.model_type.startswith("gemma"):
             scale = tape.new("embed_scale in fp32", 1, 1, FP32) if self.wide == FP32 else None
             inputs = unary(tape, inputs, "inputs_embeds scaled")
@@ -165,13 +171,18 @@ class Step:
 
     def forward(self, tokens: int) -> list[Tensor]:
         """Decoder, final norm, head and loss: [loss] or [loss, logits] as the model returns them."""
+        spec = self.spec
         labelled = labelled_rows(self.tape, self.run) if self.run.levers.loss == "fused" else None
         last_hidden_state = self.decoder(tokens)
         self.tape.layer = -1
         self.rec.scope = "loss.logits"
         if labelled is not None:
-            return [chunked_loss(self.tape, self.spec, last_hidden_state, labelled, self.wide, self.player.fuses)]
-        return full_loss(self.tape, self.spec, self.run, last_hidden_state, self.wide)
+            head = self.gathering.whole("lm_head")
+            loss = chunked_loss(self.tape, spec, last_hidden_state, labelled, self.wide, self.player.fuses)
+            del head
+            return [loss]
+        head = self.gathering.whole("lm_head") or self.tape.constant(spec.vocab_size, spec.hidden_size, self.wide)
+        return full_loss(self.tape, spec, self.run, last_hidden_state, head)
 
     def decoder(self, tokens: int) -> Tensor:
         tape, player, spec = self.tape, self.player, self.spec
@@ -187,11 +198,12 @@ class Step:
             self.enter(index)
             cos, sin = tables[arch.rotary_kind(spec, index)]
             player.shared = Shared(cos, sin, masks.get(mask_kind(spec, self.run, index)), positions)
-            hidden_states = self.layer(index, hidden_states)
+            hidden_states = self.gathering.leave(index, self.layer(index, self.gathering.enter(hidden_states)))
         tape.layer = -1
         self.rec.mark("forward head")
         self.rec.scope = "activations.head"
         last_hidden_state = player.norm(hidden_states)
+        self.gathering.end_forward()
         player.forget()
         return last_hidden_state
 
@@ -247,11 +259,22 @@ class Step:
     def optimizer(self) -> None:
         """Clipping (small norms) and what the optimizer's kernels allocate on the way."""
         if self.run.driver == "trainer":
+            self._sum_over_cards()
             self._clip_gradients()
         if self.run.levers.optimizer == "adamw_torch":  # foreach: the square root of every second moment at once
             self._for_each_weight("sqrt(exp_avg_sq)", whole=True)
         elif self.run.levers.optimizer == "adafactor":
             self._adafactor()
+
+    def _sum_over_cards(self) -> None:
+        """`vramplan.train.parallel.sum_gradients`: small gradients side by side in a bucket, one bucket at a time."""
+        if self.run.gpus == 1:
+            return
+        size = DTYPE_BYTES[self.run.lora.dtype]
+        bucket = largest_bucket([size * n * m for n, m in adapter_shapes(self.spec, self.run)] * self.depth)
+        if bucket:
+            flat = self.tape.new("bucket of gradients", 1, bucket // size, self.run.lora.dtype, "optimizer.scratch")
+            del flat
 
     def _adafactor(self) -> None:
         """transformers `Adafactor.step` without relative steps; `update` lives on until the next weight's."""

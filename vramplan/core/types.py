@@ -52,6 +52,7 @@ ON_NAN = ("stop", "skip")
 DATA_KINDS = ("auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text", "tokens")
 TRUNCATIONS = ("cut", "split", "drop", "error")
 SAMPLINGS = ("random", "sequential", "group_by_length")
+PARALLELS = ("none", "ddp", "fsdp")
 VERDICTS = ("fits", "tight", "does_not_fit")
 BASES = ("exact", "modelled", "measured")
 
@@ -258,6 +259,10 @@ class RunSpec(Value):
 
     `driver` is who plays the step: "trainer" (`transformers.Trainer(bf16=True)`: labels and mask are tensors of their
     own, gradients are clipped) or "loop" (autocast, `loss.backward()`, `optimizer.step()`, as the tutorials write it).
+
+    `gpus` is how many cards train together, on all machines: the effective batch is micro-batch x accumulation x gpus.
+    `parallel` says how: "ddp", a whole model on every card, or "fsdp", frozen weights shared out among the cards and
+    gathered layer by layer. One card is "none".
     """
 
     model: str
@@ -274,6 +279,8 @@ class RunSpec(Value):
     packing: bool = False  # rows of exactly seq_len tokens hold several documents, which do not see each other
     trust_remote_code: bool = False
     random_weights: bool = False  # build the model from its config alone: memory and speed, no language
+    gpus: int = 1
+    parallel: str = "none"  # see PARALLELS
     data: DataSpec | None = None
     schedule: Schedule = field(default_factory=Schedule)
 
@@ -482,7 +489,7 @@ class Measurement(Value):
     """What a run really used, and how it ended.
 
     `prediction` (with the model and the run) and `gpu` are there in what `vramplan measure` writes: a row that can be
-    played again.
+    played again. Of several GPUs every byte is the most that any of them had; `rank_peak_bytes` are all their peaks.
     """
 
     device: str  # cpu | cuda
@@ -506,6 +513,8 @@ class Measurement(Value):
     oom_events: int = 0  # survived: the micro-batch was split, or a lever turned
     micro_batch_size: int | None = None  # rows at a time when it ended, of the longest; None: as asked
     skipped_steps: int = 0  # optimizer steps left out because a gradient was not finite
+    gpus: int = 1
+    rank_peak_bytes: tuple[int, ...] = ()  # the highest step of each rank; empty: one GPU, or none that can be asked
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)

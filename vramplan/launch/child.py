@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vramplan.core.types import Measurement, RunSpec
 from vramplan.errors import MissingExtra, VramplanError
-from vramplan.launch.ending import Outcome, died, log_tail, said
-from vramplan.launch.folder import Lock
+from vramplan.launch.ending import Outcome, died, died_silently, log_tail, said
+from vramplan.launch.folder import LAUNCHER, Lock
+from vramplan.launch.ranks import Ranks, smaller_micro_batch
+from vramplan.launch.torchrun import torchrun_words
 from vramplan.launch.watching import Card, Tail, size_of
 from vramplan.sources import records
 
@@ -44,10 +48,48 @@ def launch(
     _require_libraries()
     run_dir = run_dir.absolute()
     run = records.read_json(run_dir / "run.json", RunSpec)
+    if run.gpus > 1 and not data_only:
+        return _launch_several(run, run_dir, resume, on_event)
     modes = {"--measure": measure, "--data-only": data_only}
     command = [*_command(run_dir, resume), *(flag for flag, wanted in modes.items() if wanted)]
     with Lock(run_dir) as lock:
         return _Watch(run_dir, on_event, lock).run(command, _environment(run, os.environ), resume)
+
+
+def _launch_several(run: RunSpec, run_dir: Path, resume: bool, on_event: OnEvent) -> Outcome:
+    """One process per GPU, under torchrun.
+
+    A rank that runs out of memory in a step while weights are sharded ends them all: then once more from the last
+    checkpoint, with smaller micro-batches and the same effective batch.
+    """
+    with Lock(run_dir) as lock:
+        watch = _Watch(run_dir, on_event, lock, run.gpus)
+        outcome = watch.run(_several_command(run, run_dir, resume), _environment(run, os.environ), resume)
+        in_a_step = run.parallel == "fsdp" and outcome.ended == "oom" and watch.training
+        smaller = smaller_micro_batch(run) if in_a_step and not watch.stops else None
+        if smaller is None:
+            return outcome
+        records.write_json(run_dir / "run.json", smaller)
+        on_event(_restart(run_dir, smaller, outcome))
+        watch = _Watch(run_dir, on_event, lock, run.gpus)
+        return watch.run(_several_command(smaller, run_dir, True), _environment(run, os.environ), True)
+
+
+def _several_command(run: RunSpec, run_dir: Path, resume: bool) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", *torchrun_words(run, run_dir, resume=resume)]
+
+
+def _restart(run_dir: Path, run: RunSpec, outcome: Outcome) -> dict[str, Any]:
+    """The event that says so, also written down with the others."""
+    message = (
+        f"out of memory ({outcome.message}): once more from the last checkpoint, micro-batch {run.micro_batch_size} x "
+        f"accumulation {run.accumulation}, the same effective batch"
+    )
+    batch = {"micro_batch_size": run.micro_batch_size, "accumulation": run.accumulation}
+    event = {"t": round(time.time(), 3), "event": "restart", "message": message, **batch}
+    with (run_dir / "progress.jsonl").open("ab") as file:
+        file.write((json.dumps(event) + "\n").encode())
+    return event
 
 
 def _require_libraries() -> None:
@@ -63,7 +105,12 @@ def _command(run_dir: Path, resume: bool) -> list[str]:
 
 def _environment(run: RunSpec, outer: Mapping[str, str]) -> dict[str, str]:
     """The child's environment. What the user has set stays."""
-    env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", **outer}
+    env = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", **outer, LAUNCHER: str(os.getpid())}
+    if run.gpus == 1:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # of a torchrun that we were started by
+            env.pop(name, None)
+    else:  # from Ctrl-C until torchrun kills: a step must end and be saved. The default is half a minute
+        env.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
     asked = "PYTORCH_CUDA_ALLOC_CONF" in outer or "PYTORCH_ALLOC_CONF" in outer
     if run.levers.allocator == "expandable" and not asked:
         env["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # the name that every version of torch obeys
@@ -73,16 +120,18 @@ def _environment(run: RunSpec, outer: Mapping[str, str]) -> dict[str, str]:
 class _Watch:
     """What the launcher knows of its child."""
 
-    def __init__(self, run_dir: Path, on_event: OnEvent, lock: Lock) -> None:
-        self.run_dir, self.on_event, self.lock = run_dir, on_event, lock
+    def __init__(self, run_dir: Path, on_event: OnEvent, lock: Lock, gpus: int = 1) -> None:
+        self.run_dir, self.on_event, self.lock, self.gpus = run_dir, on_event, lock, gpus
         self.child: subprocess.Popen[bytes] | None = None
-        self.end: dict[str, Any] | None = None  # the child's last words
+        self.ranks: Ranks | None = None
+        self.training = False  # the model is loaded and the first step has begun
         self.stops = 0  # signals that asked us to stop
         self.peak_bytes: int | None = None
 
     def run(self, command: list[str], env: dict[str, str], resume: bool) -> Outcome:
         """Start it, follow it to its end."""
         tail = Tail(self.run_dir / "progress.jsonl", from_end=resume)
+        self.ranks = Ranks(self.run_dir, self.gpus, from_end=resume)
         measured = size_of(self.run_dir / "measurement.jsonl")
         with _Signals(self):
             child = self.child = _start(command, env, self.run_dir / "log.txt", resume)
@@ -90,11 +139,12 @@ class _Watch:
                 self.lock.pids.add(child.pid)
                 if self.stops:  # asked while it was starting
                     _interrupt(child)
-                self._follow(child, tail)
+                self._follow(child, tail, self.ranks)
             except BaseException:  # the display failed: do not leave a training run behind that nobody watches
                 _end(child)
                 raise
-        return self._outcome(child.returncode, _last_measurement(self.run_dir, measured))
+        self.lock.pids.update(self.ranks.pids.values())  # rank 0 may have been killed with the lock in its name
+        return self._outcome(child.returncode, self.ranks, _last_measurement(self.run_dir, measured))
 
     def stop(self) -> None:
         """One request to stop: the first is passed on, the next ends the child."""
@@ -103,16 +153,21 @@ class _Watch:
             if self.stops == 1:
                 _interrupt(self.child)
             else:
+                if self.ranks is not None:
+                    self.ranks.kill()  # torchrun's children are in sessions of their own
                 self.child.kill()
 
-    def _follow(self, child: subprocess.Popen[bytes], tail: Tail) -> None:
+    def _follow(self, child: subprocess.Popen[bytes], tail: Tail, ranks: Ranks) -> None:
         told, next_sample = 0, 0.0
-        with Card(child.pid) as card:
+        with ExitStack() as stack:
+            cards = [stack.enter_context(Card(child.pid, index)) for index in range(self.gpus)]
             while True:
                 ended = child.poll() is not None  # looked at before reading, so that the last words are read
                 for event in tail.read():
-                    if event["event"] == "end":
-                        self.end = event
+                    ranks.note(0, event)
+                    self.training = self.training or event["event"] == "start"
+                    self.on_event(event)
+                for event in ranks.read():
                     self.on_event(event)
                 if ended:
                     return
@@ -122,12 +177,19 @@ class _Watch:
                     self.on_event({"t": time.time(), "event": "warning", "message": text})
                 if time.monotonic() >= next_sample:
                     next_sample = time.monotonic() + _SAMPLE_S
-                    self.peak_bytes = card.sample()
+                    for card in cards:
+                        card.pid = ranks.pids.get(card.index, child.pid)
+                    samples = [size for card in cards if (size := card.sample()) is not None]
+                    self.peak_bytes = max(samples, default=None)
                 time.sleep(_POLL_S)
 
-    def _outcome(self, returncode: int, measurement: Measurement | None) -> Outcome:
-        if self.end is not None:
-            ended, message, hint, code = said(self.end)
+    def _outcome(self, returncode: int, ranks: Ranks, measurement: Measurement | None) -> Outcome:
+        death = ranks.silent_death() if self.gpus > 1 and not self.stops else None
+        end = ranks.end()
+        if death is not None and (end is None or end.get("ended") in ("error", "interrupted")):
+            ended, message, hint, code = died_silently(*death)
+        elif end is not None:
+            ended, message, hint, code = said(end)
         else:
             ended, message, hint, code = died(returncode, self.stops, log_tail(self.run_dir / "log.txt"))
         return Outcome(

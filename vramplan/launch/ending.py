@@ -63,6 +63,16 @@ def died(returncode: int, stops: int, output: str) -> tuple[str, str, str, int]:
     return "error", f"{message}\n{output}".rstrip(), "log.txt in the run folder has its whole output", OUR_ERROR
 
 
+def died_silently(exit_code: int, local_rank: int) -> tuple[str, str, str, int]:
+    """(ended, message, hint, exit code) where one of several processes ended without a word and torchrun the others."""
+    if exit_code < 0:
+        message, hint = _signal_words(-exit_code, "")
+        return "error", message.replace("the training process", f"the process of GPU {local_rank}"), hint, OUR_ERROR
+    name = "log.txt" if local_rank == 0 else f"log.rank{local_rank}.txt"
+    message = f"the process of GPU {local_rank} ended with exit code {exit_code} and did not say why"
+    return "error", message, f"{name} in the run folder has its whole output", OUR_ERROR
+
+
 def _signal_words(number: int, output: str) -> tuple[str, str]:
     """(message, hint) for a child that a signal ended."""
     import signal

@@ -12,6 +12,8 @@ from vramplan.core.types import Ledger, Plan, RunSpec
 from vramplan.errors import InputError
 from vramplan.sources import records
 
+LAUNCHER = "VRAMPLAN_LAUNCHER"  # tells the child our pid, which may be in the lock (train/progress.py)
+
 
 def prepare_run_dir(
     run_dir: Path, run: RunSpec, plan: Plan | None, *, resume: bool, prediction: Ledger | None = None
@@ -35,6 +37,8 @@ def prepare_run_dir(
         if not resume:
             for name in ("progress.jsonl", "measurement.jsonl", "log.txt", "plan.json", "prediction.json"):
                 (run_dir / name).unlink(missing_ok=True)
+            for path in run_dir.glob("*.rank*.*"):  # those of the other processes of several
+                path.unlink()
         if config is not None:
             (run_dir / "model").mkdir(exist_ok=True)
             records.write_text(run_dir / "model" / "config.json", json.dumps(config, indent=2) + "\n")

@@ -60,10 +60,10 @@ def size_of(path: Path) -> int:
 
 
 class Card:
-    """Memory of the child on the first visible card, seen through NVML; None where anything is in the way."""
+    """Memory of a process on the card it uses, seen through NVML; None where anything is in the way."""
 
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
+    def __init__(self, pid: int, index: int = 0) -> None:
+        self.pid, self.index = pid, index
         self.nvml: Any = None
         self.before = 0
         self.peak: int | None = None
@@ -77,7 +77,7 @@ class Card:
             return self
         self.nvml = nvml
         try:
-            self.before = nvml.used_bytes(0) or 0
+            self.before = nvml.used_bytes(self.index) or 0
         except Exception:
             self.__exit__()
         return self
@@ -101,10 +101,10 @@ class Card:
         if self.nvml is None:
             return None
         try:
-            own = self.nvml.process_bytes(0, self.pid)
+            own = self.nvml.process_bytes(self.index, self.pid)
             if own is not None:
                 return int(own)
-            used = self.nvml.used_bytes(0)  # in a container NVML knows the child by another number
+            used = self.nvml.used_bytes(self.index)  # in a container NVML knows the child by another number
             return None if used is None else max(int(used) - self.before, 0)
         except Exception:
             return None

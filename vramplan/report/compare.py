@@ -40,7 +40,7 @@ def _moments(ledger: Ledger, measurement: Measurement) -> list[Pair]:
     phases = {phase.name: phase for phase in measurement.phases}
     resident, peak = ledger.resident, ledger.peak
     step = phases.get("step")
-    context = sum(line.bytes for line in ledger.lines if line.key == "overhead.context")
+    outside = sum(line.bytes for line in ledger.lines if line.key in ("overhead.context", "overhead.nccl"))
     pairs = [
         _moment("resident.loaded", "after the 4-bit load", resident.loaded_bytes, _allocated(phases, "loaded")),
         _moment("resident.prepared", "after preparing", resident.prepared_bytes, _allocated(phases, "prepared")),
@@ -55,7 +55,7 @@ def _moments(ledger: Ledger, measurement: Measurement) -> list[Pair]:
         pairs += [
             _moment("peak.allocated", "allocated at the peak", peak.allocated_bytes, step.peak_bytes),
             _moment("peak.reserved", "reserved by PyTorch", peak.reserved_bytes, step.reserved_bytes),
-            _moment("process", "process, says the driver", peak.reserved_bytes + context, step.process_bytes),
+            _moment("process", "process, says the driver", peak.reserved_bytes + outside, step.process_bytes),
         ]
     return [pair for pair in pairs if pair.measured_bytes is not None]
 

@@ -27,6 +27,9 @@ def show_estimate(
     screen.print(Text(run_line(ledger), style="dim"))
     screen.print()
     tables.put(screen, *ledger_table(screen, ledger))
+    if ledger.run.gpus > 1:
+        speed = f"; tokens/s are of all {ledger.run.gpus} together" if verdicts else ""
+        screen.print(Text("per card" + speed, style="dim"))
     if any(line.basis == "modelled" and line.bytes for line in ledger.lines):
         screen.print(Text("~ modelled; everything else is counted exactly", style="dim"))
     if verdicts:
@@ -41,7 +44,8 @@ def headline(ledger: Ledger, verdicts: Sequence[GpuVerdict]) -> tuple[str, str]:
     """The one sentence to act on, and the verdict that colours it ("" without a single card)."""
     need = ledger.peak.device_bytes
     if not verdicts:
-        return f"Needs {human(need)} of one GPU, {human(ledger.peak.allocated_bytes)} of it tensors at the peak.", ""
+        of = "one GPU" if ledger.run.gpus == 1 else f"each of {ledger.run.gpus} GPUs"
+        return f"Needs {human(need)} of {of}, {human(ledger.peak.allocated_bytes)} of it tensors at the peak.", ""
     if len(verdicts) > 1:
         fitting = [verdict for verdict in verdicts if verdict.verdict != "does_not_fit"]
         if not fitting:
@@ -74,10 +78,11 @@ def run_line(ledger: Ledger) -> str:
     """What was asked, on one line."""
     run = ledger.run
     accumulation = f" x {run.accumulation} accumulated" if run.accumulation > 1 else ""
+    gpus = f" on each of {run.gpus} GPUs ({run.parallel})" if run.gpus > 1 else ""
     targets = ",".join(run.lora.targets)
     packed = " packed" if run.packing else ""
     return (
-        f"{ledger.model.name}, {run.micro_batch_size} x {run.seq_len} tokens{packed}{accumulation}, "
+        f"{ledger.model.name}, {run.micro_batch_size} x {run.seq_len} tokens{packed}{accumulation}{gpus}, "
         f"r={run.lora.r} on {targets}, recipe {run.recipe}"
     )
 
@@ -85,6 +90,8 @@ def run_line(ledger: Ledger) -> str:
 def next_step(ledger: Ledger, verdicts: Sequence[GpuVerdict]) -> tuple[str, str]:
     """The command that goes on from here, and what it is for."""
     run = ledger.run
+    if run.gpus > 1:
+        return "To train it:", f"vramplan train {run.model} --gpus {run.gpus} --parallel {run.parallel} --data FILE"
     if not verdicts:
         return "Which cards hold it:", f"vramplan estimate {run.model} --gpu all"
     batch = max(run.micro_batch_size * run.accumulation, 16)

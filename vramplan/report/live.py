@@ -173,6 +173,8 @@ def event_text(event: Event) -> str | None:
         perplexity = _float(event.get("perplexity"))
         beside = f" (perplexity {perplexity:.4g})" if perplexity is not None else ""
         return f"eval: held-out loss {loss:.3f}{beside} at step {event.get('step', '?')}"
+    if kind == "restart":
+        return one_line(f"restart: {event.get('message', '')}")
     if kind == "warning":
         return one_line(f"warning: {event.get('message', '')}")
     if isinstance(kind, str) and kind in TEXTS:

@@ -21,8 +21,9 @@ from vramplan.report.survival import survived
 def show_start(stream: TextIO, ledger: Ledger, text: str, *, width: int | None = None) -> None:
     """One line before the run starts: what is predicted, and where the run lives."""
     screen = tables.console(stream, width)
-    peak = ledger.peak
-    tables.sentence(screen, f"Predicted: {human(peak.device_bytes)} on the device, peak in {peak.phase}. {text}")
+    peak, gpus = ledger.peak, ledger.run.gpus
+    where = "the device" if gpus == 1 else f"each of {gpus} GPUs"
+    tables.sentence(screen, f"Predicted: {human(peak.device_bytes)} on {where}, peak in {peak.phase}. {text}")
 
 
 def show_result(
@@ -37,6 +38,9 @@ def show_result(
     if moments or lines:
         screen.print()
         tables.put(screen, comparison_table(screen, moments, lines))
+    if measurement.rank_peak_bytes:
+        peaks = ", ".join(human(peak) for peak in measurement.rank_peak_bytes)
+        screen.print(Text(f"Measured is the most of {measurement.gpus} GPUs; their peaks: {peaks}", style="dim"))
     if measurement.device == "cpu":
         note = "On a CPU only tensors can be counted: no GPU memory was measured."
         screen.print(Text(note, style="dim"))

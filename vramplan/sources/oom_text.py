@@ -75,6 +75,13 @@ def read_evidence(source: Source) -> OomEvidence | None:
         raise InputError(f"cannot read {source}: {getattr(error, 'strerror', None) or error}") from None
 
 
+def read_run_evidence(folder: Path) -> OomEvidence | None:
+    """The report in a run folder's log; of several processes in the log of whichever ran out of memory, for which the
+    main one's has at most a line."""
+    logs = [*sorted(folder.glob("log.rank*.txt")), folder / "log.txt"]
+    return next((found for log in logs if (found := read_evidence(log)) is not None), None)
+
+
 def parse(text: str) -> OomEvidence | None:
     """The first out-of-memory report in a text; None if there is none. Never raises, whatever the text."""
     strong, weak = _first(text, len(text))

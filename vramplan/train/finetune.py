@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -12,76 +12,74 @@ from typing import Any
 import torch
 import transformers
 
-from vramplan.core.types import Ledger, RunSpec
+from vramplan.core.types import RunSpec
 from vramplan.errors import InputError, NotFinite, OutOfMemory
 from vramplan.sources import records
 from vramplan.train import data
-from vramplan.train.audit import audit, read_prediction
-from vramplan.train.audit_causes import Loaded, float32_names
-from vramplan.train.card import Card as ModelCard
+from vramplan.train.audit import read_prediction
+from vramplan.train.building import build_model, refuse_what_is_not_built, watch_over
+from vramplan.train.card import Card
+from vramplan.train.checks import check_fused_loss, check_packing, check_vocabulary
 from vramplan.train.evaluation import AlreadyDone, EarlyStopping
-from vramplan.train.fast.install import Fused
-from vramplan.train.fused_loss import Head, head_of
-from vramplan.train.guard import Guard
-from vramplan.train.health import Health
-from vramplan.train.load import load_model, load_tokenizer, resolve
-from vramplan.train.lora import add_lora, fuse, prepare
+from vramplan.train.fused_loss import head_of
+from vramplan.train.load import load_tokenizer, resolve
 from vramplan.train.meter import Meter, recorded
 from vramplan.train.outcome import Interrupted, StopSignal
-from vramplan.train.packing_check import check_packing
-from vramplan.train.pressure import Card
+from vramplan.train.parallel import World, join
+from vramplan.train.place import Place
 from vramplan.train.progress import Progress
+from vramplan.train.ranks import RankTrainer
 from vramplan.train.reading import read_data
-from vramplan.train.rehearsal import Rehearsal
-from vramplan.train.relief import CheckpointRelief, FusedRelief, Relief
+from vramplan.train.reporter import Reporter
 from vramplan.train.reporting import usable_reporters
 from vramplan.train.saving import clean, newest_checkpoint, save_adapter
 from vramplan.train.schedule import check_held_out, check_schedule, seed_everything
-from vramplan.train.trainer import QloraTrainer, Reporter, training_arguments, usable_optimizer
-from vramplan.train.varlen import refuse_unpackable
+from vramplan.train.trainer import QloraTrainer, training_arguments, usable_optimizer
 
 SAMPLE_TOKENS = 40
-CHECK_TOKENS = 16  # length of the batch on which the fused loss is compared with the model's own
 
 
-def finetune(run: RunSpec, run_dir: Path, *, resume: bool, progress: Progress, stop: StopSignal) -> str:
-    """Runs the whole and returns the last line for the user. Every ending leaves a Measurement, failures raise."""
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    meter = Meter(device)
+def finetune(
+    run: RunSpec, run_dir: Path, *, resume: bool, progress: Progress, stop: StopSignal, place: Place | None = None
+) -> str:
+    """Runs the whole and returns the last line for the user. Every ending leaves a Measurement, failures raise.
+
+    `place` is this process among those of the run, all of which do the same.
+    """
+    place = place or Place()
+    world = join(run, place, stop)
+    meter = Meter(world.device)
 
     def work() -> str:
-        return _finetune(run, run_dir, meter, resume=resume, progress=progress, stop=stop)
+        message = _finetune(run, run_dir, meter, world, resume=resume, progress=progress, stop=stop)
+        world.leave()
+        return message
 
-    return recorded(meter, run_dir, work)
+    return recorded(meter, place.file(run_dir, "measurement.jsonl"), work)
 
 
-def _finetune(run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progress: Progress, stop: StopSignal) -> str:
+def _finetune(
+    run: RunSpec, run_dir: Path, meter: Meter, world: World, *, resume: bool, progress: Progress, stop: StopSignal
+) -> str:
     refuse_what_is_not_built(run)
     check_schedule(run)
     run = _with_reports(run, run_dir)
     transformers.utils.logging.disable_progress_bar()
     seed_everything(run.schedule)
-    checkpoints = run_dir / "checkpoints"
-    checkpoints.mkdir(exist_ok=True)
-    for folder in (run_dir, checkpoints):
-        clean(folder)
-    checkpoint = newest_checkpoint(checkpoints, progress.warning)
-    if checkpoint is not None and not resume:
-        raise InputError(f"{run_dir} already holds {checkpoint.name}", "add --resume, or choose another folder")
-    if checkpoint is None and resume:
-        progress.warning("there is no checkpoint to resume from: training starts at step 0")
+    checkpoint = world.from_main(partial(_checkpoint, run_dir, resume, progress))
 
     # The tokenizer and the data come first: they fail in seconds, the model loads for minutes.
-    source = resolve(run, run_dir)
+    source = world.from_main(partial(resolve, run, run_dir))
     tokenizer = load_tokenizer(run, source)
     splits = read_data(run, run_dir, tokenizer, progress, resume=resume)
     check_held_out(run.schedule, splits.eval)
 
-    model, fused = build_model(run, source, meter, progress, read_prediction(run_dir))
-    _check_vocabulary(model, tokenizer, splits)
+    model, fused = build_model(run, source, meter, progress, read_prediction(run_dir), world)
+    check_vocabulary(model, tokenizer, splits)
     head = head_of(model.get_base_model(), fused is not None) if run.levers.loss == "fused" else None
     optimizer = usable_optimizer(run.levers.optimizer, meter.device, progress)
-    trainer = QloraTrainer(
+    trainer_of = QloraTrainer if world.size == 1 else partial(RankTrainer, world=world)
+    trainer = trainer_of(
         head=head,
         fused=fused,
         meter=meter,
@@ -92,12 +90,12 @@ def _finetune(run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progre
         data_collator=data.Collator(tokenizer.pad_token_id, run.seq_len, run.packing),
     )
     trainer.load_best = run.schedule.load_best_model_at_end
-    reporter = Reporter(trainer, progress, stop, splits.examples)
+    reporter = Reporter(trainer, progress, world.agreed, splits.examples)
     trainer.add_callback(reporter)
     patience = EarlyStopping(run.schedule) if run.schedule.early_stopping_patience is not None else None
     if patience is not None:
         trainer.add_callback(patience)
-    watch_over(trainer, run, splits, progress)
+    watch_over(trainer, run, splits, progress, world)
     if checkpoint is not None and trainer.guard is not None:
         trainer.guard.load(checkpoint)
     if head is not None:
@@ -110,23 +108,30 @@ def _finetune(run: RunSpec, run_dir: Path, meter: Meter, *, resume: bool, progre
         meter.eval_loss_before = _finite(trainer.evaluate()["eval_loss"])
 
     progress.phase("train", f"optimizer {optimizer}")
+    if world.size > 1:
+        transformers.set_seed(run.schedule.seed + world.rank)  # each rank's dropout is its own
     _train(trainer, checkpoint, stop)
+    meter.ranks = world.gather(meter.measurement("finished"))
+    stopped = world.agreed.asked
 
-    if stop.asked and trainer.state.global_step == 0:
+    if stopped and trainer.state.global_step == 0:
         raise Interrupted("stopped before the first step; nothing to save")
     if patience is not None and patience.is_over():
         progress.phase("train", f"stopped early at step {trainer.state.global_step}: the held-out loss does not fall")
-    best_step = None if stop.asked else _back_to_the_best(trainer, progress)
-    adapter, card = run_dir / "adapter", ModelCard(run, splits, run_dir, best_step)
+    best_step = None if stopped else world.from_main(partial(_back_to_the_best, trainer, progress))
+    if best_step is not None:
+        world.same(trainer.trained)
+    adapter, card = run_dir / "adapter", Card(run, splits, run_dir, best_step)
     progress.phase("save", f"writing {adapter}")
-    so_far = meter.measurement("interrupted" if stop.asked else "finished")
-    save_adapter(model, tokenizer, source, card.text(so_far), adapter)
-    if stop.asked:
+    so_far = meter.measurement("interrupted" if stopped else "finished")
+    world.from_main(lambda: save_adapter(model, tokenizer, source, card.text(so_far), adapter))
+    if stopped:
         raise Interrupted(f"stopped after step {trainer.state.global_step}; checkpoint and adapter are saved")
 
     if splits.eval is not None:
         meter.eval_loss_after = _loss_after(trainer, reporter, best_step, progress)
-        records.write_text(adapter / "README.md", card.text(meter.measurement("finished")))
+        text = card.text(meter.measurement("finished"))
+        world.from_main(partial(records.write_text, adapter / "README.md", text))
     prompt = os.environ.get("VRAMPLAN_SAMPLE_PROMPT")
     if prompt:
         progress("sample", text=sample(model, tokenizer, prompt, SAMPLE_TOKENS, chat=splits.chat))
@@ -140,98 +145,18 @@ def _with_reports(run: RunSpec, run_dir: Path) -> RunSpec:
     return replace(run, schedule=replace(s, report_to=reporters, run_name=s.run_name or run_dir.name))
 
 
-def build_model(
-    run: RunSpec, source: str, meter: Meter, progress: Progress, prediction: Ledger | None = None
-) -> tuple[Any, Fused | None]:
-    """The 4-bit model and its fused layers: prepared and wrapped by PEFT, measured after each, then audited."""
-    progress.phase("load", f"loading {run.model} in 4 bits on {meter.device.type}")
-    model = load_model(run, source, meter.device)
-    if run.packing:
-        refuse_unpackable(model.config)
-    float32 = float32_names(model)
-    meter.phase("loaded")
-
-    progress.phase("prepare", f"upcast {run.levers.upcast}, checkpointing {run.levers.checkpointing}")
-    model = prepare(model, run.levers, meter.device, progress.warning)
-    meter.phase("prepared")
-
-    progress.phase("lora", f"r={run.lora.r} on {', '.join(run.lora.targets)}")
-    transformers.set_seed(run.schedule.seed)  # the adapter's start depends on nothing that was drawn before
-    model = add_lora(model, run.lora)
-    meter.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    fused = fuse(model, run.levers, meter.device, progress.warning)
-    meter.phase("with_lora")
-    progress.report(audit(Loaded(model, run, meter.device, prediction, float32)))
-    return model, fused
-
-
-def watch_over(trainer: QloraTrainer, run: RunSpec, splits: data.Splits, progress: Progress) -> None:
-    """Give the trainer what makes it survive: guard, health, and the rehearsal unless the run leaves it out."""
-    model, meter, fused = trainer.model, trainer.meter, trainer.fused
-    if fused is None:
-        relief: Relief = CheckpointRelief(model.get_base_model(), run.levers, meter.device)
-    else:
-        relief = FusedRelief(fused, run.levers, meter.device)
-
-    def forget() -> None:
-        if fused is not None:
-            fused.forget()
-
-    trainer.guard = Guard(
-        rows=run.micro_batch_size,
-        accumulation=run.accumulation,
-        width=splits.longest,
-        parameters=lambda: trainer.trained,
-        card=Card(meter.device, forget),
-        relief=relief,
-        report=progress.report,
-        meter=meter,
-    )
-
-    def redo(inputs: dict[str, Any]) -> Any:
-        with torch.no_grad(), trainer.accelerator.autocast():
-            return trainer.compute_loss(model, inputs)
-
-    trainer.health = Health(run, model, redo, meter, progress.report)
-    if run.schedule.rehearsal:
-        trainer.add_callback(Rehearsal(trainer, trainer.guard, progress.report, splits.eval))
-
-
-def refuse_what_is_not_built(run: RunSpec) -> None:
-    if run.levers.resident_layers is not None:
-        raise InputError("streaming layers from the host is not built yet", "leave resident_layers out")
-
-
-def _check_vocabulary(model: Any, tokenizer: Any, splits: data.Splits) -> None:
-    """A token the embedding has no row for would end as an assertion inside a kernel. Looked for only if possible."""
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) <= rows:
-        return
-    if any(max(split.store.ids) >= rows for split in (splits.train, splits.eval) if split is not None):
-        raise InputError(f"the tokenizer makes tokens of {len(tokenizer)}, the model knows only {rows}")
-
-
-def check_fused_loss(trainer: QloraTrainer, head: Head, tokens: list[int]) -> None:
-    """Compare fused loss and layers with the model's own on a small padded batch; InputError if they differ.
-
-    The head's formula is read from the config, and what a layer's pieces mean was found by trying them: an architecture
-    that does something else shows here.
-    """
-    long, short = list(tokens)[:CHECK_TOKENS], list(tokens)[: max(CHECK_TOKENS // 2, 2)]
-    rows = [{"input_ids": t, "labels": t, "attention_mask": [1] * len(t)} for t in (long, short)]
-    collator = data.Collator(trainer.data_collator.pad_token_id, packed=trainer.data_collator.packed)
-    inputs = trainer._prepare_inputs(collator(rows))
-    trainer.model.eval()
-    with torch.no_grad(), trainer.accelerator.autocast():
-        with trainer.fused.stock() if trainer.fused is not None else nullcontext():
-            own = float(trainer.model(**inputs).loss)
-        fused = float(trainer.fused_loss(inputs, None))
-    if not abs(own - fused) <= 0.01 + 0.01 * abs(own):
-        name = type(trainer.model.get_base_model()).__name__
-        raise InputError(
-            f"the fused loss does not reproduce {name}'s own ({fused:.4f} against {own:.4f})",
-            "train with --loss full --kernels stock",
-        )
+def _checkpoint(run_dir: Path, resume: bool, progress: Progress) -> Path | None:
+    """The checkpoint to go on from, in a folder tidied up. InputError if there is one and nobody asked for it."""
+    checkpoints = run_dir / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    for folder in (run_dir, checkpoints):
+        clean(folder)
+    checkpoint = newest_checkpoint(checkpoints, progress.warning)
+    if checkpoint is not None and not resume:
+        raise InputError(f"{run_dir} already holds {checkpoint.name}", "add --resume, or choose another folder")
+    if checkpoint is None and resume:
+        progress.warning("there is no checkpoint to resume from: training starts at step 0")
+    return checkpoint
 
 
 def _back_to_the_best(trainer: QloraTrainer, progress: Progress) -> int | None:

@@ -8,6 +8,7 @@ so nothing else needs a gradient. Only labelled rows take part.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +35,7 @@ class Head:
     multiplier: float = 1.0
     softcap: float | None = None
     fused: bool = False
+    gather: Callable[[], Tensor] | None = None  # makes the whole weight, where `weight` is one rank's part of it
 
 
 def head_of(model: nn.Module, fused: bool = False) -> Head:
@@ -52,7 +54,8 @@ def head_of(model: nn.Module, fused: bool = False) -> Head:
     multiplier = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
     multiplier /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    return Head(layer.weight, layer.bias, multiplier, float(softcap) if softcap else None, fused)
+    gather = getattr(layer, "whole_weight", None)  # set by `fsdp.py`
+    return Head(layer.weight, layer.bias, multiplier, float(softcap) if softcap else None, fused, gather)
 
 
 def decoder_of(causal_lm: Any) -> Any:
@@ -106,7 +109,8 @@ class _FusedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
         dtype = _compute_dtype(head, hidden.device.type)
         with torch.autocast(hidden.device.type, enabled=False):  # the dtypes below are chosen, not cast
             picked = hidden.index_select(0, rows).to(dtype)
-            weight = head.weight.to(dtype)  # a copy only where the recipe made the head float32
+            whole = head.weight if head.gather is None else head.gather()
+            weight = whole.to(dtype)  # a copy only where the recipe made the head float32
             bias = None if head.bias is None else head.bias.to(dtype)
             cast = replace(head, weight=weight, bias=bias)
             loss = _loss_and_gradient(picked, targets, cast, normaliser, ctx.needs_input_grad[0])

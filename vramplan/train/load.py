@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 
 from vramplan.core.types import RunSpec
 from vramplan.errors import InputError, MissingExtra, VramplanError
+from vramplan.train.fsdp import STORAGE, Sharding
 from vramplan.train.outcome import first_line, is_disk_full, is_out_of_memory
 from vramplan.train.random_model import byte_tokenizer, random_model
 from vramplan.train.saving import whole_folder
@@ -75,22 +76,34 @@ def load_tokenizer(run: RunSpec, source: str) -> Any:
 
 
 # ----------------------------------------------------------------------------------------------------- the model
-def load_model(run: RunSpec, source: str, device: torch.device) -> Any:
-    """The model on `device`: linear layers in NF4, everything else in bf16, nothing trainable yet."""
+def load_model(run: RunSpec, source: str, device: torch.device, sharding: Sharding | None = None) -> Any:
+    """The model on `device`: linear layers in NF4, everything else in bf16, nothing trainable yet.
+
+    With `sharding` only this rank's part of each matrix stays.
+    """
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=run.double_quant,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_quant_storage=torch.uint8,
+        bnb_4bit_quant_storage=torch.uint8 if sharding is None else STORAGE,
     )
+    cutting = sharding.while_loading(tied=_is_tied(run, source)) if sharding is not None else nullcontext()
     if run.random_weights:
-        model = random_model(run, Path(source), quantization, device)
+        model = random_model(run, Path(source), quantization, device, cutting)
     else:
-        model = _pretrained(run, source, quantization, device)
+        with cutting:
+            model = _pretrained(run, source, quantization, device)
     if device.type == "cpu":
         _keep_canonical_packing(model)
     return model
+
+
+def _is_tied(run: RunSpec, source: str) -> bool:
+    """Whether the model's head is its input embedding."""
+    with clear_errors(source):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=run.trust_remote_code)
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
 
 
 def _pretrained(run: RunSpec, source: str, quantization: BitsAndBytesConfig, device: torch.device) -> Any:
@@ -100,7 +113,7 @@ def _pretrained(run: RunSpec, source: str, quantization: BitsAndBytesConfig, dev
             quantization_config=quantization,
             dtype=torch.bfloat16,
             attn_implementation=implementation(run),
-            device_map={"": 0 if device.type == "cuda" else "cpu"},
+            device_map={"": device.index or 0 if device.type == "cuda" else "cpu"},
             trust_remote_code=run.trust_remote_code,
             output_loading_info=True,
         )

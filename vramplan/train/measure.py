@@ -22,16 +22,16 @@ from torch import Tensor
 from vramplan.core.types import RunSpec
 from vramplan.core.varlen import documents_per_row
 from vramplan.errors import InputError
+from vramplan.train.building import build_model, refuse_what_is_not_built
 from vramplan.train.data import IGNORED, Collator, Example
-from vramplan.train.finetune import build_model, refuse_what_is_not_built
 from vramplan.train.fused_loss import Head, head_of
 from vramplan.train.load import resolve
 from vramplan.train.meter import Meter, count_lines, recorded
 from vramplan.train.outcome import StopSignal
 from vramplan.train.progress import Progress
+from vramplan.train.reporter import Reporter
 from vramplan.train.trainer import (
     QloraTrainer,
-    Reporter,
     fused_loss,
     trained_parameters,
     training_arguments,
@@ -55,7 +55,7 @@ def cuda_device() -> torch.device:
 def measure(run: RunSpec, run_dir: Path, device: torch.device, *, progress: Progress, stop: StopSignal) -> str:
     """Build, prepare, wrap, play `run.schedule.max_steps` steps. Every ending leaves a Measurement, failures raise."""
     meter = Meter(device, last_step=True)
-    return recorded(meter, run_dir, lambda: _measure(run, run_dir, meter, progress, stop))
+    return recorded(meter, run_dir / "measurement.jsonl", lambda: _measure(run, run_dir, meter, progress, stop))
 
 
 def _measure(run: RunSpec, run_dir: Path, meter: Meter, progress: Progress, stop: StopSignal) -> str:

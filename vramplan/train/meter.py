@@ -6,7 +6,7 @@ import itertools
 import os
 import platform
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vramplan.core.types import Line, MeasuredPhase, Measurement
 from vramplan.core.units import round_up
@@ -52,7 +53,6 @@ class Meter:
         self.lines: tuple[Line, ...] = ()
         self.trainable_parameters = 0
         self.steps = self.tokens = 0
-        self.oom_events = 0
         self.busy_s, self.busy_tokens = 0.0, 0  # of the steps after the first, which warms up
         self.first_loss: float | None = None
         self.last_loss: float | None = None
@@ -60,6 +60,7 @@ class Meter:
         self.eval_loss_after: float | None = None
         self.oom_events = self.skipped_steps = 0
         self.micro_batch_size: int | None = None  # None: as asked, nothing happened
+        self.ranks: list[Measurement] = []  # what every rank has measured, this one among them
         self._open: dict[str, int] = {}  # phase -> peak of the step in progress
         self._step: dict[str, int] = {}  # phase -> peak of the last whole step
         self._highest: dict[str, int] = {}  # of the step with the highest point: the longest batch, if lengths differ
@@ -139,7 +140,7 @@ class Meter:
     def measurement(self, ended: str, message: str = "") -> Measurement:
         """Everything so far. Also after an error: then the peaks of the step that failed are in it."""
         retries = torch.cuda.memory_stats(self.device).get("num_alloc_retries") if self.cuda else None
-        return Measurement(
+        own = Measurement(
             device=self.device.type,
             device_name=torch.cuda.get_device_name(self.device) if self.cuda else platform.processor() or "cpu",
             versions=versions(),
@@ -160,6 +161,7 @@ class Meter:
             micro_batch_size=self.micro_batch_size,
             skipped_steps=self.skipped_steps,
         )
+        return over_ranks(own, self.ranks) if len(self.ranks) > 1 else own
 
     def _step_phases(self) -> Iterator[MeasuredPhase]:
         if not self.cuda:
@@ -178,8 +180,28 @@ class Meter:
         )
 
 
-def recorded(meter: Meter, run_dir: Path, work: Callable[[], str]) -> str:
-    """Does `work`, returns its message; however it ends, `run_dir`/measurement.jsonl gets a line. Failures raise."""
+def over_ranks(own: Measurement, ranks: Sequence[Measurement]) -> Measurement:
+    """The most that any rank had, phase by phase, and the peaks of all."""
+
+    def most(name: str, phases: Sequence[MeasuredPhase]) -> int | None:
+        return max((size for phase in phases if (size := getattr(phase, name)) is not None), default=None)
+
+    sizes = [name for name in MeasuredPhase.__dataclass_fields__ if name != "name"]
+    together = [
+        MeasuredPhase(name=phases[0].name, **{name: most(name, phases) for name in sizes})
+        for phases in zip(*(measurement.phases for measurement in ranks), strict=False)
+    ]
+    peaks = [most("peak_bytes", [p for p in m.phases if p.name == "step"]) for m in ranks]
+    return replace(
+        own,
+        phases=tuple(together),
+        gpus=len(ranks),
+        rank_peak_bytes=tuple(peak for peak in peaks if peak is not None),
+    )
+
+
+def recorded(meter: Meter, path: Path, work: Callable[[], str]) -> str:
+    """Does `work`, returns its message; however it ends, the file gets a line, a Measurement. Failures raise."""
     ended, message = "finished", ""
     try:
         message = work()
@@ -189,7 +211,7 @@ def recorded(meter: Meter, run_dir: Path, work: Callable[[], str]) -> str:
         ended, message = outcome.ended, outcome.message
         raise
     finally:
-        records.append_jsonl(run_dir / "measurement.jsonl", meter.measurement(ended, message))
+        records.append_jsonl(path, meter.measurement(ended, message))
 
 
 # --------------------------------------------------------------------------------------- tensors, one by one
@@ -214,6 +236,7 @@ def distinct(tensors: Iterable[tuple[str, Tensor]], device: torch.device) -> Ite
     """(key, tensor, bytes as the allocator counts them) of what is on `device`, shared storage under its first key."""
     seen: set[int] = set()
     for key, tensor in tensors:
+        tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         storage = tensor.untyped_storage()
         if tensor.device.type == device.type and storage.data_ptr() not in seen and storage.nbytes():
             seen.add(storage.data_ptr())
@@ -223,10 +246,10 @@ def distinct(tensors: Iterable[tuple[str, Tensor]], device: torch.device) -> Ite
 def model_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     """(ledger key, tensor) of everything a model holds; some more than once, the telling key first."""
     for module in model.modules():
-        weight: Any = getattr(module, "weight", None)
-        if type(weight).__name__ == "Params4bit":
-            yield "weights.nf4", weight
-            yield from (("weights.constants", t) for t in _constants(weight.quant_state) if t is not None)
+        state = getattr(getattr(module, "weight", None), "quant_state", None) or getattr(module, "quant_state", None)
+        if state is not None:  # FSDP2 puts a DTensor in the place of the 4-bit weight
+            yield "weights.nf4", module.weight
+            yield from (("weights.constants", t) for t in _constants(state) if t is not None)
     yield from (("weights.embeddings", p) for p in _parameters(model.get_input_embeddings()))
     yield from (("weights.lm_head", p) for p in _parameters(model.get_output_embeddings()))
     yield from (("adapter.lora", p) for p in model.parameters() if p.requires_grad)

@@ -6,7 +6,7 @@ import errno
 import re
 import signal
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -44,8 +44,18 @@ class Outcome:
     hint: str = ""
 
 
+class PeerFailed(Exception):
+    """Another process of the run cannot go on; all of them end the way it did."""
+
+    def __init__(self, rank: int, outcome: Outcome) -> None:
+        super().__init__(f"rank {rank} failed; its log says why")
+        self.outcome = replace(outcome, message=f"rank {rank}: {outcome.message}")
+
+
 def outcome_of(error: BaseException) -> Outcome:
     """What an exception means to the user. The message is one line."""
+    if isinstance(error, PeerFailed):
+        return error.outcome
     if isinstance(error, VramplanError):
         ended = "oom" if error.exit_code == ENDED_IN_OOM else "error"
         return Outcome(ended, error.exit_code, error.message, error.hint)

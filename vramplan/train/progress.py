@@ -12,6 +12,8 @@ from typing import Any
 
 from vramplan.errors import InputError
 
+LAUNCHER = "VRAMPLAN_LAUNCHER"  # environment variable: the launcher's pid
+
 
 class Progress:
     """Appends events to `progress.jsonl`: one JSON object a line, flushed, always with "t" and "event"."""
@@ -68,7 +70,8 @@ class Lock:
             pid = int(self.path.read_text()[:32])
         except (OSError, ValueError):
             return  # half-written by a process that died, or gone meanwhile
-        if pid in (os.getpid(), os.getppid()) or not _alive(pid):  # the launcher may lock the folder for its child
+        launcher = os.environ.get(LAUNCHER, "")  # it locks the folder for its child; torchrun may stand between
+        if pid in (os.getpid(), os.getppid()) or str(pid) == launcher or not _alive(pid):
             return
         raise InputError(
             f"{self.path.parent} is in use by process {pid}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,17 @@ from vramplan.train.varlen import implementation
 STANDARD_DEVIATION = 0.02  # initializer_range of most configs
 
 
-def random_model(run: RunSpec, folder: Path, quantization: BitsAndBytesConfig, device: torch.device) -> Any:
+def random_model(
+    run: RunSpec,
+    folder: Path,
+    quantization: BitsAndBytesConfig,
+    device: torch.device,
+    filling: AbstractContextManager[None] | None = None,
+) -> Any:
     """The model of `folder`/config.json, quantised layer by layer on the device: no full bf16 copy ever exists.
 
-    The same modules are quantised as by `from_pretrained`: transformers' own quantizer replaces them.
+    The same modules are quantised as by `from_pretrained`: transformers' own quantizer replaces them. Parameters get
+    their values within `filling`.
     """
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=run.trust_remote_code)
@@ -41,9 +49,10 @@ def random_model(run: RunSpec, folder: Path, quantization: BitsAndBytesConfig, d
     quantizer.preprocess_model(model=model, dtype=torch.bfloat16, device_map={"": device})
     generator = torch.Generator(device).manual_seed(run.schedule.seed)
     tied = model.get_output_embeddings() if model.config.get_text_config().tie_word_embeddings else None
-    for module in model.modules():
-        if module is not tied:  # `tie_weights` gives it the embedding
-            _fill(module, quantization, device, generator)
+    with filling or nullcontext():
+        for module in model.modules():
+            if module is not tied:  # `tie_weights` gives it the embedding
+                _fill(module, quantization, device, generator)
     model.tie_weights()
     model.hf_quantizer = quantizer
     quantizer.postprocess_model(model)

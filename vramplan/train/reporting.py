@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class Window:
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
+        self.sum: Callable[[int], int] = int  # of several processes: over all of them
         self.begun: float | None = None
         self.tokens: Tensor | int = 0  # on the device: nothing waits at a micro-step
         self.open_tokens: Tensor | int = 0  # of the step in progress
@@ -73,7 +75,7 @@ class Window:
 
     def close(self) -> dict[str, Any]:
         """What a log says of these steps. Call it once the device has been waited for."""
-        tokens = int(self.tokens)
+        tokens = self.sum(int(self.tokens))
         seconds = time.perf_counter() - self.begun if self.begun is not None else 0.0
         meter = self.meter
         meter.tokens += tokens
@@ -98,7 +100,7 @@ class Window:
 
     def tokens_seen(self) -> int:
         """Of all whole steps, logged or not. Waits for the device."""
-        return self.meter.tokens + int(self.tokens)
+        return self.meter.tokens + self.sum(int(self.tokens))
 
     def seconds_per_step(self) -> float:
         """The mean so far; of the last window as long as there is only the one that warmed up."""

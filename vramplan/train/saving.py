@@ -15,7 +15,8 @@ from vramplan.errors import DiskFull
 from vramplan.train.outcome import is_disk_full
 
 TEMPORARY, REPLACED = ".tmp-", ".old-"  # prefixes of folders in the making, and of those about to be deleted
-PARTS = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+PARTS = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
+RANDOM_STATES = "rng_state*.pth"  # rng_state.pth, or one for each rank
 
 
 @contextmanager
@@ -133,7 +134,8 @@ def _step(path: Path) -> int:
 
 def _problem(path: Path) -> str | None:
     """Why a checkpoint cannot be resumed from; None if it can."""
-    for name in PARTS:
+    states = [file.name for file in path.glob(RANDOM_STATES)]
+    for name in (*PARTS, *(states or ["rng_state.pth"])):
         file = path / name
         if not file.is_file() or file.stat().st_size == 0:
             return f"{name} is missing or empty"

@@ -3,7 +3,6 @@ steps that survive a lack of memory (`guard.py`) and leave out gradients that ar
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,22 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from vramplan.core.types import RunSpec
 from vramplan.errors import InputError
 from vramplan.train.collate import input_tokens
-from vramplan.train.evaluation import AlreadyDone, Evaluating, EvaluationStopped, perplexity
+from vramplan.train.evaluation import Evaluating
 from vramplan.train.fast.install import Fused
 from vramplan.train.fused_loss import Head, decoder_of, fused_cross_entropy, labelled_rows
 from vramplan.train.guard import Guard
 from vramplan.train.health import Health
 from vramplan.train.lengths import LengthGrouped
-from vramplan.train.meter import Meter, count_lines
-from vramplan.train.outcome import StopSignal, first_line
+from vramplan.train.meter import Meter
+from vramplan.train.outcome import first_line
 from vramplan.train.progress import Progress
-from vramplan.train.randomness import random_state, set_random_state
 from vramplan.train.reporting import Window
 from vramplan.train.resume import state_where_it_belongs
 from vramplan.train.safe_step import SafeStep, guard_steps
@@ -244,12 +242,18 @@ class QloraTrainer(Evaluating):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(dataset)
         rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGrouped(dataset.lengths(), rows, self.args.seed)
+        return LengthGrouped(dataset.lengths(), rows, self._data_seed())
+
+    def _data_seed(self) -> int:
+        return int(self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
     # -------------------------------------------------------------------------------------------------- saving
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self.args.output_dir)
         self.state.num_input_tokens_seen = self.window.tokens_seen()
+        self._store_checkpoint()
+
+    def _store_checkpoint(self) -> None:
+        folder = Path(self.args.output_dir)
         save_checkpoint(folder / f"checkpoint-{self.state.global_step}", self._write_checkpoint)
         best = self.best_checkpoint()
         rotate_checkpoints(str(folder), self.args.save_total_limit, None if best is None else str(best))
@@ -285,115 +289,3 @@ def fused_loss(causal_lm: Any, head: Head, inputs: dict[str, Any], num_items: Te
     hidden = decoder_of(causal_lm)(input_ids=inputs["input_ids"], use_cache=False, **arguments(inputs))[0]
     normaliser = max(rows.numel(), 1) if num_items is None else num_items
     return fused_cross_entropy(hidden, rows, targets, head, normaliser)
-
-
-class Reporter(TrainerCallback):  # type: ignore[misc]
-    """Writes the events of a training, says when to log, and ends it when a signal asks for that."""
-
-    def __init__(self, trainer: QloraTrainer, progress: Progress, stop: StopSignal, examples: int) -> None:
-        self.trainer, self.progress, self.stop = trainer, progress, stop
-        self.examples = examples
-        self.done = 0  # optimizer steps of this process
-        self.random: dict[str, Any] = {}  # the generators as the step in progress found them
-        self.told = 0.0  # when the progress of an evaluation was last told
-        trainer.watch_evaluation = self._evaluating
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        fields = {"total_steps": state.max_steps, "effective_batch_size": batch, "examples": self.examples}
-        self.progress("start", **fields, resumed_from=state.global_step)
-        self.trainer.meter.tokens = state.num_input_tokens_seen
-        self.trainer.meter.steps = state.global_step
-        if state.global_step >= state.max_steps:
-            raise AlreadyDone
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.window.begin_step()
-        self.random = random_state(args.device)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.meter.close("optimizer")
-        self.trainer.clear_gradients()
-
-    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.stop.asked:  # half a step is given up: who resumes draws for it again
-            set_random_state(self.random, args.device)
-        self._stop_if_asked(state, control)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        meter = self.trainer.meter
-        meter.end_step()
-        meter.steps = state.global_step
-        self.trainer.window.end_step()
-        if self.trainer.guard is not None:
-            self.trainer.guard.end_step(state.global_step)
-        if self.trainer.health is not None and self.trainer.health.in_a_row:
-            control.should_save = False  # the checkpoint before it stays the newest
-        self.done += 1
-        if self.done == 1:
-            meter.lines = count_lines(self.trainer.model, optimizer, meter.device)
-        self._stop_if_asked(state, control)
-        step = state.global_step
-        control.should_log = self.done == 1 or step % args.logging_steps == 0 or step >= state.max_steps
-        self._log_first(control)
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.stop.asked:  # what should be logged was; half a step is not
-            control.should_evaluate = control.should_log = False
-        else:
-            self._log_first(control)
-
-    def _log_first(self, control: Any) -> None:
-        """No evaluation and no save falls between the steps of a log: its rate and its tokens are of training alone."""
-        control.should_log = control.should_log or control.should_save or control.should_evaluate
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """The event of the steps since the last one; `loss` is their mean."""
-        if "loss" not in logs:
-            return
-        trainer, meter = self.trainer, self.trainer.meter
-        loss = logs["loss"]
-        if abs(loss) < float("inf"):
-            meter.first_loss = loss if meter.first_loss is None else meter.first_loss
-            meter.last_loss = loss
-        if self.trainer.health is not None:
-            self.trainer.health.loss(loss, state.global_step)
-        elif not abs(loss) < float("inf"):
-            self.progress.warning(f"the loss of step {state.global_step} is {loss}: lower the learning rate")
-        left = max(state.max_steps - state.global_step, 0)
-        self.progress(
-            "step",
-            step=state.global_step,
-            loss=loss,
-            learning_rate=logs["learning_rate"],
-            grad_norm=logs.get("grad_norm"),
-            tokens=meter.tokens,
-            tokens_per_s=logs["tokens_per_second"],
-            peak_bytes=logs.get("peak_memory_bytes"),
-            reserved_bytes=logs.get("reserved_memory_bytes"),
-            eta_s=round(trainer.window.seconds_per_step() * left, 1),
-        )
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
-        self.evaluated(state.global_step, metrics["eval_loss"])
-
-    def evaluated(self, step: int, loss: float) -> None:
-        """The event of an evaluation of the adapter as it is after `step`."""
-        self.progress("eval", step=step, loss=loss, perplexity=perplexity(loss))
-        if not abs(loss) < float("inf"):
-            self.progress.warning(f"the held-out loss is {loss}")
-
-    def _evaluating(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self.told >= EVALUATION_NEWS_S:
-            self.told = now
-            self.progress("eval_progress", done=done, total=total)
-        if self.stop.asked:
-            self._stop_if_asked(self.trainer.state, self.trainer.control)
-            raise EvaluationStopped
-
-    def _stop_if_asked(self, state: Any, control: Any) -> None:
-        if self.stop.asked:
-            control.should_training_stop = True
-            control.should_save = state.global_step > 0
-            control.should_evaluate = False
