@@ -65,7 +65,7 @@ def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def wrapped(folder: Path, lora: Lora, dtype: Any = torch.float32) -> Any:
     """The 4-bit model with an adapter that does something, everything else in `dtype`."""
-    model = load_model(make_run(folder, folder / "none"), str(folder), CPU, print).requires_grad_(False)
+    model = load_model(make_run(folder, folder / "none"), str(folder), CPU).requires_grad_(False)
     torch.manual_seed(5)
     model = add_lora(model, lora)
     for name, parameter in model.named_parameters():
@@ -223,7 +223,7 @@ def test_what_is_saved_is_a_plain_peft_adapter(models: Any, tmp_path: Path) -> N
         optimizer.step()
         model.save_pretrained(tmp_path / "adapter")
         wanted = model(batch()).logits
-    base = load_model(make_run(models("LlamaForCausalLM"), tmp_path), str(models("LlamaForCausalLM")), CPU, print)
+    base = load_model(make_run(models("LlamaForCausalLM"), tmp_path), str(models("LlamaForCausalLM")), CPU)
     for parameter in base.parameters():
         if not isinstance(parameter, bnb.nn.Params4bit):
             parameter.data = parameter.data.float()

@@ -28,6 +28,7 @@ from vramplan.core.replay import play_run
 from vramplan.core.timeline import play
 from vramplan.core.types import (
     ALLOCATORS,
+    KERNELS,
     LOSSES,
     OPTIMIZERS,
     UPCASTS,
@@ -90,6 +91,7 @@ def runs(draw: st.DrawFn, shortest: int = 2) -> RunSpec:
             optimizer=draw(st.sampled_from(OPTIMIZERS)),
             attention=draw(st.sampled_from(["sdpa", "eager"])),
             allocator=draw(st.sampled_from(ALLOCATORS)),
+            kernels=draw(st.sampled_from(KERNELS)),
         ),
     )
 
@@ -144,7 +146,7 @@ def test_more_never_takes_fewer_bytes_of_tensors(what, data):
 
 def on_card(spec: ModelSpec, run: RunSpec) -> int:
     """Bytes of the optimizer's state on the card."""
-    return resident.optimizer_bytes(spec, run.lora, run.levers)[0]
+    return resident.optimizer_bytes(spec, run)[0]
 
 
 @pytest.mark.parametrize(
@@ -154,9 +156,9 @@ def on_card(spec: ModelSpec, run: RunSpec) -> int:
 def test_a_higher_rank_may_save_optimizer_state(optimizer, low, high):
     """bitsandbytes pages, and keeps in 8 bits, only tensors above a size: a rank above it takes less of the card."""
     spec = replace(model("llama-3.2-1b"), hidden_size=1024, num_heads=8, num_kv_heads=8, head_dim=128, num_layers=2)
+    levers = Levers(optimizer=optimizer, kernels="stock")
     states = [
-        on_card(spec, RunSpec(model="x", lora=Lora(r=r, targets=("q_proj",)), levers=Levers(optimizer=optimizer)))
-        for r in (low, high)
+        on_card(spec, RunSpec(model="x", lora=Lora(r=r, targets=("q_proj",)), levers=levers)) for r in (low, high)
     ]
     assert states[1] < states[0]
 
@@ -192,9 +194,10 @@ def peak(spec: ModelSpec, run: RunSpec, gpu: GpuProfile) -> int:
 
 @pytest.mark.parametrize(("layers", "tokens"), [(1, 2048), (6, 2)])
 def test_where_checkpointing_costs(layers, tokens):
-    """One layer is wholly played again beside its input; and its input must have a gradient, for which the first
-    layer dequantises weights that it need not otherwise, more than a few tokens' activations take."""
-    spec, run = replace(model("llama-3.2-1b"), num_layers=layers), RunSpec(model="x", seq_len=tokens)
+    """One layer is wholly played again beside its input; and in transformers its input must have a gradient, for which
+    the first layer dequantises weights that it need not otherwise, more than a few tokens' activations take."""
+    spec = replace(model("llama-3.2-1b"), num_layers=layers)
+    run = RunSpec(model="x", seq_len=tokens, levers=Levers(kernels="stock"))
     none, every = (peak(spec, with_lever(run, checkpointing=c), NO_CARD) for c in ("none", "all"))
     assert every > none
 

@@ -6,7 +6,6 @@ import pytest
 from measured import MIB, TRAINED, case_id, h200, model, rows, trained
 from processes import replays
 
-from vramplan.core import growth
 from vramplan.core.allocator import units
 from vramplan.core.ledger import simulate
 from vramplan.core.replay import play_run, play_step
@@ -82,27 +81,6 @@ def test_expandable_segments_are_played_no_further_than_they_grow(name, batch, s
     assert sim.played.reserved_bytes == pytest.approx(two.reserved_bytes, rel=0.03)
     assert 0.99 * memory.pinned_bytes <= sim.pinned_bytes <= 1.05 * memory.pinned_bytes
     assert sim.allocated_bytes <= sim.pinned_bytes <= sim.played.reserved_bytes
-
-
-def test_layers_that_repeat_are_passed_over_with_the_same_outcome(monkeypatch):
-    """The whole step, and the step whose repetitions are skipped, end in the same pages and free blocks."""
-    run = RunSpec(model="llama-2-7b", random_weights=True)
-
-    def played(skip: bool) -> tuple[int, list[int], int]:
-        passed = []
-        if skip:
-            whole = growth._Replay._skip
-            monkeypatch.setattr(growth._Replay, "_skip", lambda *at: passed.append(whole(*at)) or passed[-1])
-        else:
-            monkeypatch.setattr(growth._Replay, "_skip", lambda *_: 0)
-        sim = simulate(model(run.model), run, h200())
-        memory = sim.before_step.clone()
-        growth.play_grown(sim.unrolled, memory, sim.states)
-        return memory.large.mapped_units(), memory.large.blocks, sum(passed)
-
-    skipped, every = played(True), played(False)
-    assert skipped[:2] == every[:2]
-    assert skipped[2] > 20
 
 
 def test_workspaces_born_in_the_middle_of_a_step_pin_what_they_lie_in():

@@ -62,7 +62,7 @@ def test_the_tutorial_s_claims_computed():
 @pytest.mark.parametrize("name", ["adamw_torch", "adamw_8bit", "lion_8bit", "lion_32bit", "sgd", "adafactor"])
 def test_optimizer_state_per_parameter(name):
     spec, lora = model("llama-2-7b"), Lora(r=16)
-    on_card, paged = resident.optimizer_bytes(spec, lora, Levers(optimizer=name))
+    on_card, paged = state_of(spec, name)
     per = on_card / arch.trainable_parameters(spec, lora)
     expected = {"adamw_torch": 8, "adamw_8bit": 2 + 8 / 256, "lion_8bit": 1 + 4 / 256, "lion_32bit": 4, "sgd": 0}
     assert paged == 0
@@ -74,10 +74,24 @@ def test_optimizer_state_per_parameter(name):
 
 def test_paged_state_is_only_paged_from_100_000_elements():
     spec = model("llama-2-7b")
-    on_card, paged = resident.optimizer_bytes(spec, Lora(r=16), Levers(optimizer="paged_adamw_8bit"))
-    whole, _ = resident.optimizer_bytes(spec, Lora(r=16), Levers(optimizer="adamw_8bit"))
+    on_card, paged = state_of(spec, "paged_adamw_8bit")
+    whole, _ = state_of(spec, "adamw_8bit")
     assert on_card + paged == whole
     assert paged == 32 * 3 * 16 * 11008 * 2  # gate and up B, down A; 16 x 4096 = 65,536 stay on the card
+
+
+def test_the_flat_adapter_of_a_fused_layer_is_paged_as_a_whole():
+    spec = model("llama-2-7b")
+    on_card, paged = state_of(spec, "paged_adamw_8bit", kernels="fused")
+    in_a_layer = arch.trainable_parameters(spec, Lora(r=16)) // 32
+    assert paged == 32 * 2 * in_a_layer
+    scales = resident.rounded(4 * in_a_layer // 256)  # a float32 for each 256 elements
+    assert on_card == 32 * 2 * scales + 2 * 1024
+
+
+def state_of(spec, optimizer, kernels="stock"):
+    levers = Levers(optimizer=optimizer, kernels=kernels)
+    return resident.optimizer_bytes(spec, RunSpec(model="x", lora=Lora(r=16), levers=levers))
 
 
 def test_targets_follow_peft():

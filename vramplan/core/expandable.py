@@ -9,11 +9,9 @@ pages. The cap is compared with the native segment's size, as `alloc_block` does
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import TypeAlias
 
 from .allocator import BITS, GRANULE, MASK, Native, Pool
 
-Outline: TypeAlias = tuple[list[tuple[int, int]], list[int]]  # free stretches (begin, end), unmapped holes
 _RANGE = 1 << (BITS - 1)  # address space of a pool, in units: 4 TiB
 
 
@@ -76,31 +74,6 @@ class ExpandablePool(Pool):
         self.memory.reserved += taken * GRANULE
         return taken
 
-    # --------------------------------------------------------------------------------------------- free stretches
-    def outline(self) -> Outline:
-        """All that decides where the next blocks go: free blocks by address, and which of them can grow.
-
-        How much is mapped of the last stretch, that has no end, decides nothing: what fits nowhere else goes there in
-        any case.
-        """
-        last = max(self.unmapped)
-        free = sorted(((block & MASK), (block & MASK) + (block >> BITS)) for block in self.blocks)
-        if free and free[-1][1] == last:
-            free[-1] = free[-1][0], _RANGE
-        else:
-            free.append((last, _RANGE))
-        return free, sorted(self.unmapped)[:-1]
-
-    def push(self, address: int, size: int) -> None:
-        """Let the free stretch at `address` begin `size` units later, as if blocks lay there."""
-        free = self.starts.get(address, 0)
-        if free:
-            self.take(address, free)
-        if free < size:
-            free += self._map(address + free, size - free)
-        if free > size:
-            self.put(address + size, free - size)
-
     def release(self) -> None:
         """Unmap every page that is wholly free."""
         for block in list(self.blocks):
@@ -149,9 +122,6 @@ class Expandable(Native):
     pool = ExpandablePool
     small: ExpandablePool
     large: ExpandablePool
-
-    def outline(self) -> tuple[Outline, Outline]:
-        return self.small.outline(), self.large.outline()
 
 
 def allocator(kind: str, cap_bytes: int | None = None) -> Native:

@@ -70,6 +70,7 @@ def _replacements(tracker: Tracker, padded: bool) -> list[tuple[Any, str, Any]]:
     def state_buffer(self: Any, p: Tensor, dtype: Any = torch.float32) -> Any:
         if not self.is_paged or p.numel() < MIN_PAGED:
             return torch.zeros_like(p, dtype=dtype, device=p.device)
+        tracker.at(tracker.home_of(p))  # its scales come next
         return paged(*p.shape, dtype=dtype)
 
     def map_of_256(*args: Any, **kwargs: Any) -> Tensor:

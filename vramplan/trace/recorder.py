@@ -217,6 +217,8 @@ class Tracker(TorchDispatchMode):  # type: ignore[misc]
             self.track(made, op)
         if func in known.PRODUCTS:
             self.workspace("cublas")
+        if func is torch.ops.aten.addmm.default and args[0].dim() == 1:
+            self.workspace("cublaslt")
 
     # -------------------------------------------------------------------------------- gradients summed in place
     def _sums_in_place(self, args: Sequence[Any]) -> bool:

@@ -52,6 +52,7 @@ class _GatedMlp(torch.autograd.Function):  # type: ignore[misc]
         gate, up = gate.view(-1, gate.shape[-1]), up.view(-1, up.shape[-1])
         mlp: Mlp = ctx.mlp
         second, down, inner_grad = mlp.second, None, None
+        ups: list[Tensor] = []
         grads = [grad.reshape(-1, grad.shape[-1])]
         if second.slot is not None:
             down, ups = second.lora.weights(second.slot, grad.dtype)
@@ -62,7 +63,7 @@ class _GatedMlp(torch.autograd.Function):  # type: ignore[misc]
             if product_inner is None:
                 product_inner = product @ down.t()
             second.add_gradients(grads, product, product_inner, inner_grad)
-        del product, product_inner, inner_grad, grads, grad, down
+        del product, product_inner, inner_grad, grads, grad, down, ups  # before the weights of gate and up are made
         shape = ctx.shape if ctx.needs_input_grad[0] else None
         return mlp.first.backward([gate, up], Source(tensor, ctx.norm), inner, shape), None, None, None
 
