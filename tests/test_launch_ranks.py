@@ -109,6 +109,21 @@ def test_a_rank_that_died_without_a_word_is_named(play: Any, words: str) -> None
     assert "host memory" in outcome.hint
 
 
+def test_a_rank_that_lost_its_connection_in_the_same_second_was_not_the_first(tmp_path: Path) -> None:
+    """torchrun's times are whole seconds: it then names the lower rank."""
+    table = "".join(
+        f"[{i}]:\n  time      : 2026-11-25\n  host      : x\n  rank      : {rank} (local_rank: {rank})\n"
+        f"  exitcode  : {code} (pid: 7)\n"
+        for i, (rank, code) in enumerate(((0, 1), (1, -9)))
+    )
+    (tmp_path / "log.txt").write_text(f"failed (exitcode: 1) local_rank: 0 (pid: 7)\n{table}")
+    ranks = Ranks(tmp_path, 2, from_end=False)
+    ranks.note(0, {"event": "end", "message": "RuntimeError: Connection closed by peer [127.0.0.1]"})
+    assert ranks.silent_death() == (-9, 1)
+    ranks.note(0, {"event": "end", "message": "the disk is full"})
+    assert ranks.silent_death() is None
+
+
 def test_a_death_of_an_earlier_run_is_forgotten(play: Any, tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, 2, from_end=False)
     (tmp_path / "log.txt").write_text(FAILED.removeprefix('print("').replace('")', ""))

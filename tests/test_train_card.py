@@ -101,7 +101,16 @@ def test_its_code_loads_the_adapter(trained: Path, monkeypatch: pytest.MonkeyPat
 def splits() -> Splits:
     store = TokenStore()
     store.append([1, 2, 3], [True] * 3)
-    return Splits(train=Examples(store, [0]), eval=None, longest=3, examples=1, truncated=2, skipped=1, kind="messages")
+    return Splits(
+        train=Examples(store, [0]),
+        eval=None,
+        longest=3,
+        longest_index=0,
+        examples=1,
+        truncated=2,
+        skipped=1,
+        kind="messages",
+    )  # fmt: skip
 
 
 def card(run: RunSpec, folder: Path, result: Measurement, **more: Any) -> str:

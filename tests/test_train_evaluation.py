@@ -375,7 +375,7 @@ def first_adapter(root: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch, **
 
 def test_the_adapter_starts_from_the_seed_alone(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = first_adapter(root, tmp_path / "a", monkeypatch)
-    from vramplan.train import finetune as module
+    from vramplan.train import building as module
 
     stock = module.load_model
     monkeypatch.setattr(module, "load_model", lambda *a: (torch.rand(7), stock(*a))[1])  # something draws before it

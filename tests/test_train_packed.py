@@ -127,7 +127,7 @@ def test_the_check_of_packing_leaves_the_model_as_it_was(
         real(trainer, [5])  # a row of one token is enough to look
         seen.append(all(parameter.grad is None for parameter in trainer.model.parameters()))
 
-    monkeypatch.setattr("vramplan.train.finetune.check_packing", spy)
+    monkeypatch.setattr("vramplan.train.checks.check_packing", spy)
     tune(packed(root, schedule=replace(SCHEDULE, max_steps=1)), tmp_path)
     assert seen == [True]
 

@@ -17,6 +17,9 @@ SHOWN = ("warning", "oom", "health")  # what is told of the other ranks too; the
 _LOG_BYTES = 256 * 1024
 # torch/distributed/elastic/multiprocessing/api.py, `SubprocessContext._poll`
 _FIRST_FAILURE = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
+_FAILURE = re.compile(r"rank\s+: \d+ \(local_rank: (\d+)\)\s+exitcode\s+: (-?\d+)")  # of the table of all that failed
+# What a process says when another one is gone: NCCL, gloo, torch's store.
+_PEER_GONE = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exited")
 
 
 class Ranks:
@@ -69,17 +72,26 @@ class Ranks:
         return _of_rank(event, rank) if rank and event.get("ended") != "interrupted" else event
 
     def silent_death(self) -> tuple[int, int] | None:
-        """(exit code, local rank) of the process that torchrun saw fail first, if that one left no last words."""
+        """(exit code, local rank) of the process that failed first, if that one left no last words.
+
+        torchrun knows to the second which one failed first. One that lost its connection was not it.
+        """
         try:
             with self.log.open("rb") as file:
                 file.seek(max(size_of(self.log) - _LOG_BYTES, self.log_from))
-                found = _FIRST_FAILURE.findall(file.read().decode("utf-8", errors="replace"))
+                text = file.read().decode("utf-8", errors="replace")
         except OSError:
             return None
+        found = _FIRST_FAILURE.findall(text)
         if not found:
             return None
-        code, local_rank = (int(number) for number in found[-1])
-        return None if local_rank in self.ends else (code, local_rank)
+        code, first = (int(number) for number in found[-1])
+        if first not in self.ends:
+            return code, first
+        if not any(said in str(self.ends[first].get("message")).lower() for said in _PEER_GONE):
+            return None
+        failures = [(int(code), int(rank)) for rank, code in _FAILURE.findall(text)]
+        return next(((code, rank) for code, rank in failures if rank not in self.ends and code < 0), None)
 
 
 def _of_rank(event: Event, rank: int) -> Event:

@@ -6,8 +6,7 @@ kernel in `fast/triton_kernels.py` allocates, and nothing else.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -184,13 +183,3 @@ def _on_host(function: Callable[..., Any]) -> Callable[..., Any]:
             kernels.on_card = pretended
 
     return call
-
-
-@contextlib.contextmanager
-def uninstalled(fused: install.Fused | None) -> Iterator[None]:
-    """Give transformers its rotary functions back at the end."""
-    try:
-        yield
-    finally:
-        if fused is not None:
-            fused.uninstall()

@@ -23,10 +23,10 @@ from vramplan.trace import attention, rules
 from vramplan.trace import model as models
 from vramplan.trace.attention import DEVICE
 from vramplan.trace.autocast import autocast
-from vramplan.trace.fused import fuse, uninstalled
+from vramplan.trace.fused import fuse
 from vramplan.trace.patches import like_cuda
 from vramplan.trace.recorder import OUTSIDE, Tracker
-from vramplan.train.fast.install import Fused
+from vramplan.train.fast.install import Fused, uninstalled
 from vramplan.train.fused_loss import decoder_of, fused_cross_entropy, head_of
 from vramplan.train.varlen import arguments
 

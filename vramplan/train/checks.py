@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vramplan.core.types import RunSpec
 from vramplan.errors import InputError
 from vramplan.train.collate import Collator
 from vramplan.train.data import Splits
@@ -24,6 +25,14 @@ def check_vocabulary(model: Any, tokenizer: Any, splits: Splits) -> None:
         return
     if any(max(split.store.ids) >= rows for split in (splits.train, splits.eval) if split is not None):
         raise InputError(f"the tokenizer makes tokens of {len(tokenizer)}, the model knows only {rows}")
+
+
+def check_layers(trainer: QloraTrainer, run: RunSpec, tokens: list[int]) -> None:
+    """InputError if the layers or the loss do not do what the libraries' own do on a few tokens of the data."""
+    if trainer.head is not None:
+        check_fused_loss(trainer, trainer.head, tokens)
+    if run.packing:
+        check_packing(trainer, tokens)
 
 
 def check_fused_loss(trainer: QloraTrainer, head: Head, tokens: list[int]) -> None:

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 import transformers
 
-from vramplan.core.types import RunSpec
+from vramplan.core.types import Measurement, RunSpec
 from vramplan.errors import InputError, NotFinite, OutOfMemory
 from vramplan.sources import records
 from vramplan.train import data
 from vramplan.train.audit import read_prediction
 from vramplan.train.building import build_model, refuse_what_is_not_built, watch_over
 from vramplan.train.card import Card
-from vramplan.train.checks import check_fused_loss, check_packing, check_vocabulary
+from vramplan.train.checks import check_layers, check_vocabulary
 from vramplan.train.evaluation import AlreadyDone, EarlyStopping
+from vramplan.train.fast.install import Fused, uninstalled
 from vramplan.train.fused_loss import head_of
 from vramplan.train.load import load_tokenizer, resolve
 from vramplan.train.meter import Meter, recorded
@@ -71,71 +72,89 @@ def _finetune(
     # The tokenizer and the data come first: they fail in seconds, the model loads for minutes.
     source = world.from_main(partial(resolve, run, run_dir))
     tokenizer = load_tokenizer(run, source)
-    splits = read_data(run, run_dir, tokenizer, progress, resume=resume)
+    read = partial(read_data, run, run_dir, tokenizer, progress)
+    splits = world.main_first(partial(read, resume=resume), partial(read, resume=True))
     check_held_out(run.schedule, splits.eval)
 
     model, fused = build_model(run, source, meter, progress, read_prediction(run_dir), world)
     check_vocabulary(model, tokenizer, splits)
-    head = head_of(model.get_base_model(), fused is not None) if run.levers.loss == "fused" else None
-    optimizer = usable_optimizer(run.levers.optimizer, meter.device, progress)
+    with uninstalled(fused):
+        trainer = _trainer(run, run_dir, model, fused, splits, tokenizer.pad_token_id, meter, progress, world)
+        reporter = Reporter(trainer, progress, world.agreed, splits.examples)
+        trainer.add_callback(reporter)
+        watch_over(trainer, run, splits, progress, world)
+        if checkpoint is not None and trainer.guard is not None:
+            trainer.guard.load(checkpoint)
+        check_layers(trainer, run, splits.train[0]["input_ids"])
+
+        if splits.eval is not None and checkpoint is None:
+            progress.phase("eval", "held-out loss before training")
+            meter.eval_loss_before = _finite(trainer.evaluate()["eval_loss"])
+
+        progress.phase("train", f"optimizer {trainer.args.optim.value}")
+        if world.size > 1:
+            transformers.set_seed(run.schedule.seed + world.rank)  # each rank's dropout is its own
+        _train(trainer, checkpoint, stop, progress)
+        meter.ranks = world.gather(meter.measurement("finished"))
+        step = trainer.state.global_step
+        if world.agreed.asked and step == 0:
+            raise Interrupted("stopped before the first step; nothing to save")
+
+        best_step = None if world.agreed.asked else world.from_main(partial(_back_to_the_best, trainer, progress))
+        if best_step is not None:
+            world.same(trainer.trained)
+        card = Card(run, splits, run_dir, best_step)
+        ended = "interrupted" if world.agreed.asked else "finished"
+        world.from_main(partial(_save, run_dir, model, tokenizer, source, card, meter.measurement(ended), progress))
+        if world.agreed.asked:
+            raise Interrupted(f"stopped after step {step}; checkpoint and adapter are saved")
+
+        if splits.eval is not None:
+            meter.eval_loss_after = _loss_after(trainer, reporter, best_step, progress)
+            text = card.text(meter.measurement("finished"))
+            world.from_main(partial(records.write_text, run_dir / "adapter" / "README.md", text))
+        prompt = os.environ.get("VRAMPLAN_SAMPLE_PROMPT")
+        if prompt:
+            progress("sample", text=sample(model, tokenizer, prompt, SAMPLE_TOKENS, chat=splits.chat))
+    return f"{step} steps, adapter in {run_dir / 'adapter'}"
+
+
+def _trainer(
+    run: RunSpec,
+    run_dir: Path,
+    model: Any,
+    fused: Fused | None,
+    splits: data.Splits,
+    pad_token_id: int,
+    meter: Meter,
+    progress: Progress,
+    world: World,
+) -> QloraTrainer:
+    """The trainer of this process, and whether it stops early."""
     trainer_of = QloraTrainer if world.size == 1 else partial(RankTrainer, world=world)
+    optimizer = usable_optimizer(run.levers.optimizer, meter.device, progress)
     trainer = trainer_of(
-        head=head,
+        head=head_of(model.get_base_model(), fused is not None) if run.levers.loss == "fused" else None,
         fused=fused,
         meter=meter,
         model=model,
         args=training_arguments(run, run_dir, meter.device, optimizer),
         train_dataset=splits.train,
         eval_dataset=splits.eval,
-        data_collator=data.Collator(tokenizer.pad_token_id, run.seq_len, run.packing),
+        data_collator=data.Collator(pad_token_id, run.seq_len, run.packing),
     )
     trainer.load_best = run.schedule.load_best_model_at_end
-    reporter = Reporter(trainer, progress, world.agreed, splits.examples)
-    trainer.add_callback(reporter)
-    patience = EarlyStopping(run.schedule) if run.schedule.early_stopping_patience is not None else None
-    if patience is not None:
-        trainer.add_callback(patience)
-    watch_over(trainer, run, splits, progress, world)
-    if checkpoint is not None and trainer.guard is not None:
-        trainer.guard.load(checkpoint)
-    if head is not None:
-        check_fused_loss(trainer, head, splits.train[0]["input_ids"])
-    if run.packing:
-        check_packing(trainer, splits.train[0]["input_ids"])
+    if run.schedule.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStopping(run.schedule))
+    return trainer
 
-    if splits.eval is not None and checkpoint is None:
-        progress.phase("eval", "held-out loss before training")
-        meter.eval_loss_before = _finite(trainer.evaluate()["eval_loss"])
 
-    progress.phase("train", f"optimizer {optimizer}")
-    if world.size > 1:
-        transformers.set_seed(run.schedule.seed + world.rank)  # each rank's dropout is its own
-    _train(trainer, checkpoint, stop)
-    meter.ranks = world.gather(meter.measurement("finished"))
-    stopped = world.agreed.asked
-
-    if stopped and trainer.state.global_step == 0:
-        raise Interrupted("stopped before the first step; nothing to save")
-    if patience is not None and patience.is_over():
-        progress.phase("train", f"stopped early at step {trainer.state.global_step}: the held-out loss does not fall")
-    best_step = None if stopped else world.from_main(partial(_back_to_the_best, trainer, progress))
-    if best_step is not None:
-        world.same(trainer.trained)
-    adapter, card = run_dir / "adapter", Card(run, splits, run_dir, best_step)
+def _save(
+    run_dir: Path, model: Any, tokenizer: Any, source: str, card: Card, so_far: Measurement, progress: Progress
+) -> None:
+    adapter = run_dir / "adapter"
     progress.phase("save", f"writing {adapter}")
-    so_far = meter.measurement("interrupted" if stopped else "finished")
-    world.from_main(lambda: save_adapter(model, tokenizer, source, card.text(so_far), adapter))
-    if stopped:
-        raise Interrupted(f"stopped after step {trainer.state.global_step}; checkpoint and adapter are saved")
-
-    if splits.eval is not None:
-        meter.eval_loss_after = _loss_after(trainer, reporter, best_step, progress)
-        text = card.text(meter.measurement("finished"))
-        world.from_main(partial(records.write_text, adapter / "README.md", text))
-    prompt = os.environ.get("VRAMPLAN_SAMPLE_PROMPT")
-    if prompt:
-        progress("sample", text=sample(model, tokenizer, prompt, SAMPLE_TOKENS, chat=splits.chat))
-    return f"{trainer.state.global_step} steps, adapter in {run_dir / 'adapter'}"
+    save_adapter(model, tokenizer, source, card.text(so_far), adapter)
 
 
 def _with_reports(run: RunSpec, run_dir: Path) -> RunSpec:
@@ -183,7 +202,7 @@ def _finite(loss: float) -> float | None:
     return loss if isfinite(loss) else None
 
 
-def _train(trainer: QloraTrainer, checkpoint: Path | None, stop: StopSignal) -> None:
+def _train(trainer: QloraTrainer, checkpoint: Path | None, stop: StopSignal, progress: Progress) -> None:
     stop.training = True
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -195,6 +214,9 @@ def _train(trainer: QloraTrainer, checkpoint: Path | None, stop: StopSignal) -> 
         raise type(error)(f"{error.message}; {kept}", error.hint) from error
     finally:
         stop.training = False
+    patience = next((c for c in trainer.callback_handler.callbacks if isinstance(c, EarlyStopping)), None)
+    if patience is not None and patience.is_over():
+        progress.phase("train", f"stopped early at step {trainer.state.global_step}: the held-out loss does not fall")
 
 
 def sample(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, *, chat: bool) -> str:

@@ -173,6 +173,12 @@ class World:
         value: T = box[0]
         return value
 
+    def main_first(self, make: Callable[[], T], then: Callable[[], T]) -> T:
+        """`make` on the main rank and, once that is done, `then` on the others. If the main one fails, all do."""
+        made: list[T] = []
+        self.from_main(lambda: made.append(make()))
+        return made[0] if made else then()
+
     def gather(self, value: T) -> list[T]:
         """Every rank's value, on every rank."""
         if self.size == 1:

@@ -30,9 +30,11 @@ class RankTrainer(QloraTrainer):
         self._divisor = 1  # of what is summed over the ranks, where their losses are means
 
     def create_accelerator_and_postprocess(self) -> None:
-        """`evaluation_mode`: the model stays as it is, without torch's DistributedDataParallel around it."""
+        """The model stays as it is, and where it is: no DistributedDataParallel around it, no copies of what is a view
+        of a flat adapter (accelerate moves a model on CPUs from "cpu" to "cpu:0")."""
         super().create_accelerator_and_postprocess()
-        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+        prepare = self.accelerator.prepare_model
+        self.accelerator.prepare_model = lambda model, **_: prepare(model, device_placement=False, evaluation_mode=True)
 
     # ------------------------------------------------------------------------------------------------- training
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:

@@ -29,6 +29,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         trainer.watch_evaluation = self._evaluating
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.fused is not None:
+            self.trainer.fused.check()
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         fields = {"total_steps": state.max_steps, "effective_batch_size": batch, "examples": self.examples}
         self.progress("start", **fields, resumed_from=state.global_step)

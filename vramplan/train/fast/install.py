@@ -46,6 +46,15 @@ class Fused:
         if self.checkpoints is not None:
             self.checkpoints.forget()
 
+    def check(self) -> None:
+        """RuntimeError if PEFT's parameters are no views of ours any more: then what is trained would not be saved."""
+        ours = {parameter.untyped_storage().data_ptr() for parameter in self.parameters}
+        for parameter in self.layers.parameters():
+            if id(parameter) in self.views and parameter.untyped_storage().data_ptr() not in ours:
+                raise RuntimeError(
+                    "something moved the adapter's parameters out of the flat tensors of the fused layers"
+                )
+
     def checkpoint_all(self) -> None:
         """From now on every layer keeps only its input."""
         for layer in self.layers:
@@ -76,6 +85,16 @@ class Fused:
         for where, name, what in reversed(self.undo):
             setattr(where, name, what)
         self.undo = []
+
+
+@contextmanager
+def uninstalled(fused: Fused | None) -> Iterator[None]:
+    """Give transformers its rotary functions back at the end."""
+    try:
+        yield
+    finally:
+        if fused is not None:
+            fused.uninstall()
 
 
 def why_not(model: Any, levers: Levers, device: torch.device) -> str:
