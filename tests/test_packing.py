@@ -21,6 +21,7 @@ from vramplan.core.types import RunSpec
 from vramplan.core.varlen import documents, documents_per_row
 from vramplan.errors import InputError
 from vramplan.train import cache, tiny
+from vramplan.train.collate import of_one_shape
 from vramplan.train.data import CACHE, SKIPPED, Collator, Splits, build
 from vramplan.train.lengths import LengthGrouped, padding_share, percentile
 from vramplan.train.packing import Packing, pack
@@ -137,7 +138,7 @@ def test_a_batch_holds_no_more_documents_than_the_plan_has_room_for(lengths: lis
         assert made["input_ids"].shape[1] == 64
         most = documents(made["input_ids"].shape[0], 64)
         assert made["cu_seq_lens_q"].numel() - 1 <= most
-        static = Collator(0, 64, packed=True, static=True)(rows[start : start + batch])
+        static = of_one_shape(made)
         assert static["cu_seq_lens_q"].numel() - 1 == most and static["max_length_q"] == 64
         assert static["cu_seq_lens_q"].unique().tolist() == made["cu_seq_lens_q"].tolist()
 

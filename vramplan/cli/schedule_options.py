@@ -67,6 +67,7 @@ SCHEDULE: Section = (
     _sched("--adam-epsilon", "Of Adam.", type=Number(0, 1)),
     _sched("--optim-args", "What the optimizer takes besides (sgd: momentum=0.9,nesterov=true).", metavar="A=X,B=Y"),
     _sched("--rehearsal/--no-rehearsal", "Try the largest batch, evaluation too, before the first step."),
+    _sched("--cuda-graphs/--no-cuda-graphs", "Start short micro-steps as one, where memory is to spare."),
     _sched("--on-nan", "Steps without a finite gradient are left out; stop: three in a row end the run.",
            type=click.Choice(ON_NAN)),
     _sched("--seed", "Of data order and adapter.", type=Whole(0, 2**32 - 1)),

@@ -45,6 +45,18 @@ def is_fused(spec: ModelSpec, run: RunSpec) -> bool:
     )
 
 
+def graphed(spec: ModelSpec, run: RunSpec) -> bool:
+    """Whether micro-steps that are short to run are started as one CUDA graph (`train/fast/graphs.py`).
+
+    Rows of changing lengths seldom have the same shape twice, and what draws random numbers is not captured. That the
+    card has room for it is taken for granted: this is asked for speed, not for memory.
+    """
+    one_shape = run.packing or not run.padding
+    dropout = spec.residual_dropout or spec.embedding_dropout or spec.attention_dropout
+    wanted = run.schedule.cuda_graphs and not run.schedule.full_determinism and run.levers.loss == "fused"
+    return wanted and one_shape and not dropout and run.gpus == 1 and run.driver == "trainer" and is_fused(spec, run)
+
+
 def fuses_norm(spec: ModelSpec) -> bool:
     return spec.norm in ("rmsnorm", "gemma_rmsnorm")
 

@@ -12,7 +12,7 @@ link is taken to be PCIe: cards with NVLink are faster.
 from __future__ import annotations
 
 from . import architecture as arch
-from .fused import is_fused, skips_last
+from .fused import graphed, is_fused, skips_last
 from .parallel import layer_matrices, shards
 from .resident import lora_bytes
 from .timeline import checkpoint_period
@@ -61,7 +61,7 @@ def tokens_per_s(model: ModelSpec, run: RunSpec, gpu: GpuProfile, unrolled: Unro
     micro_steps = min(run.accumulation, 2)  # what was played
     compute = step_flops(model, run) / (MATMUL_SHARE * flops)
     traffic = TOUCHES * born / micro_steps / (BANDWIDTH_SHARE * gpu.bandwidth_bytes_per_s)
-    each = GRAPHED_SECONDS if is_fused(model, run) else LAUNCH_SECONDS
+    each = GRAPHED_SECONDS if graphed(model, run) else LAUNCH_SECONDS
     seconds = max(compute + traffic, kernels / micro_steps * each)
     gathering, summing = link_seconds(model, run, gpu)
     seconds = max(seconds, gathering) + summing / run.accumulation

@@ -250,6 +250,7 @@ class Schedule(Value):
     report_to: tuple[str, ...] = ()  # of REPORTERS, or "all" alone
     run_name: str | None = None
     rehearsal: bool = True  # try the largest batch before the first step
+    cuda_graphs: bool = True  # where starting kernels is what takes the time, and memory is to spare
     on_nan: str = "stop"  # stop (after some in a row) | skip: what steps without a finite gradient do
 
 

@@ -13,6 +13,7 @@ from vramplan.errors import InputError
 from vramplan.train import data
 from vramplan.train.audit import audit
 from vramplan.train.audit_causes import Loaded, float32_names
+from vramplan.train.fast.graphs import CudaGraphs, Graphs
 from vramplan.train.fast.install import Fused
 from vramplan.train.fsdp import Sharding
 from vramplan.train.guard import Guard
@@ -86,6 +87,7 @@ def watch_over(
     if world.sharded:
         return
     trainer.guard = make_guard(trainer, run, splits, progress)
+    trainer.graphs = make_graphs(trainer, run, progress) if world.size == 1 else None
     if run.schedule.rehearsal:
         trainer.add_callback(Rehearsal(trainer, trainer.guard, progress.report, splits.eval))
 
@@ -101,6 +103,8 @@ def make_guard(trainer: QloraTrainer, run: RunSpec, splits: data.Splits, progres
     def forget() -> None:
         if fused is not None:
             fused.forget()
+        if trainer.graphs is not None:
+            trainer.graphs.drop("memory is short")
 
     return Guard(
         rows=run.micro_batch_size,
@@ -112,6 +116,26 @@ def make_guard(trainer: QloraTrainer, run: RunSpec, splits: data.Splits, progres
         report=progress.report,
         meter=meter,
     )
+
+
+def make_graphs(trainer: QloraTrainer, run: RunSpec, progress: Progress) -> Graphs | None:
+    """What runs micro-steps as CUDA graphs, where the run wants that and nothing of them is left to chance."""
+    fused, device = trainer.fused, trainer.meter.device
+    if fused is None or trainer.head is None or device.type != "cuda":
+        return None
+    if not run.schedule.cuda_graphs or run.schedule.full_determinism or draws(trainer.model):
+        return None
+
+    def tell(message: str) -> None:
+        progress.phase("graphs", message)
+
+    return Graphs(trainer.static_micro_step, trainer.trained, fused.forget, tell, CudaGraphs(device))
+
+
+def draws(model: Any) -> bool:
+    """Whether a forward draws random numbers, which a graph would draw again and again."""
+    layers = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
+    return layers or bool(getattr(model.config.get_text_config(), "attention_dropout", 0.0))
 
 
 def _redo(trainer: QloraTrainer, world: World, inputs: dict[str, Any]) -> Any:

@@ -24,17 +24,13 @@ class Collator:
 
     `packed`: every row is padded to `max_length` (None: as above), so that all batches have one shape. In the place of
     the mask come `position_ids`, which start again in each document, and what transformers calls the borders for
-    variable-length attention: see `borders`. An example without `lengths` is one document. With `static` the borders
-    have one shape too, for what is captured or compiled once: as many documents as there can be, some of them empty.
+    variable-length attention: see `borders`. An example without `lengths` is one document.
     """
 
-    def __init__(
-        self, pad_token_id: int, max_length: int | None = None, packed: bool = False, static: bool = False
-    ) -> None:
+    def __init__(self, pad_token_id: int, max_length: int | None = None, packed: bool = False) -> None:
         self.pad_token_id = pad_token_id
         self.max_length = max_length
         self.packed = packed
-        self.static = static
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         import torch
@@ -49,7 +45,7 @@ class Collator:
         }
         if self.packed:
             rows = [example.get("lengths") or [len(example["input_ids"])] for example in examples]
-            batch |= borders(rows, width, self.static)
+            batch |= borders(rows, width)
         return batch
 
     def _width(self, longest: int) -> int:
@@ -61,12 +57,12 @@ class Collator:
         return width if self.max_length is None else max(longest, min(width, self.max_length))
 
 
-def borders(rows: Sequence[Sequence[int]], width: int, static: bool = False) -> dict[str, Any]:
+def borders(rows: Sequence[Sequence[int]], width: int) -> dict[str, Any]:
     """Where the documents of a batch begin: `rows` are their lengths, row by row, each padded to `width` tokens.
 
     `position_ids` LongTensor [rows, width], 0 where there is padding; `cu_seq_lens_q`, `cu_seq_lens_k` int32
     [documents + 1], over the rows end to end, what pads a row being a document of its own; `max_length_q`,
-    `max_length_k` the longest, an int. `static`: empty documents at the end, and `width` for the longest.
+    `max_length_k` the longest, an int.
     """
     import torch
 
@@ -78,12 +74,27 @@ def borders(rows: Sequence[Sequence[int]], width: int, static: bool = False) -> 
         for length in [*lengths, padding] if padding else lengths:
             edges.append(edges[-1] + length)
     longest = max(after - before for before, after in pairwise(edges))
-    if static:
-        edges += [edges[-1]] * (documents(len(rows), width) + 1 - len(edges))
-        longest = width
     cumulative = {f"cu_seq_lens_{side}": torch.tensor(edges, dtype=torch.int32) for side in "qk"}
     both = {f"max_length_{side}": longest for side in "qk"}
     return {"position_ids": torch.tensor(positions, dtype=torch.long), **cumulative, **both}
+
+
+def of_one_shape(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch whose borders have one shape whatever documents it holds, for what is captured once.
+
+    As many documents as there can be (`core/varlen.py`), some of them empty, and a row's width for the longest.
+    """
+    import torch
+
+    rows, width = batch["input_ids"].shape
+    fixed = dict(batch)
+    for side in "qk":
+        edges = batch.get(f"cu_seq_lens_{side}")
+        if edges is not None:
+            empty = edges[-1:].expand(max(documents(rows, width) + 1 - len(edges), 0))
+            fixed[f"cu_seq_lens_{side}"] = torch.cat((edges, empty))
+            fixed[f"max_length_{side}"] = width
+    return fixed
 
 
 def input_tokens(batch: dict[str, Any]) -> torch.Tensor:

@@ -78,15 +78,14 @@ def labelled_rows(labels: Tensor) -> tuple[Tensor, Tensor]:
     return rows, target[rows]
 
 
-def static_fused_loss(causal_lm: Any, head: Head, ids: Tensor, labels: Tensor, items: Tensor) -> Tensor:
-    """The same loss without asking which rows are labelled, so that nothing depends on the data: for CUDA graphs.
+def every_row(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """As `labelled_rows`, without asking which those are, so that no shape depends on the data: for CUDA graphs.
 
-    All rows but the last of each sequence take part; the kernel leaves out those whose label is IGNORED.
+    All rows but the last of each sequence; the kernel leaves out those whose label is IGNORED.
     """
-    batch, seq = ids.shape
-    places = torch.arange(batch * seq, device=ids.device).view(batch, seq)[:, :-1].reshape(-1)
-    hidden = decoder_of(causal_lm)(input_ids=ids, use_cache=False)[0]
-    return fused_cross_entropy(hidden, places, labels[:, 1:].reshape(-1), head, items)
+    batch, seq = labels.shape
+    places = torch.arange(batch * seq, device=labels.device).view(batch, seq)
+    return places[:, :-1].reshape(-1), labels[:, 1:].reshape(-1)
 
 
 def fused_cross_entropy(

@@ -64,7 +64,8 @@ class Meter:
         self._open: dict[str, int] = {}  # phase -> peak of the step in progress
         self._step: dict[str, int] = {}  # phase -> peak of the last whole step
         self._highest: dict[str, int] = {}  # of the step with the highest point: the longest batch, if lengths differ
-        self._reserved = 0  # the most at a step's end
+        self._reserved = 0  # the most at a step's end, without what CUDA graphs keep for themselves
+        self.graph_bytes = 0
         self._process: int | None = None  # what the driver counted when `look` was called
 
     # ------------------------------------------------------------------------------------------------ phases
@@ -97,10 +98,12 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def end_step(self) -> None:
+        if "backward" not in self._open:  # all were CUDA graphs, inside of which the allocator sees nothing
+            self._open = {}
         self._step, self._open = self._open or self._step, {}
         if max(self._step.values(), default=0) > max(self._highest.values(), default=0):
             self._highest = self._step
-        self._reserved = max(self._reserved, self.reserved_bytes() or 0)
+        self._reserved = max(self._reserved, (self.reserved_bytes() or 0) - self.graph_bytes)
 
     def rehearsed(self) -> int | None:
         """The rehearsal is over: its peak becomes a phase of its own, and no step's."""

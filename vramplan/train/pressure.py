@@ -77,9 +77,15 @@ class Card:
         if peak_bytes is None:
             return False
         resident = int(torch.cuda.memory_allocated(self.device))
-        free, total = torch.cuda.mem_get_info(self.device)
-        allowed = min(int(free + torch.cuda.memory_reserved(self.device)), int(total * _fraction(self.device)))
-        return SLACK * (resident + 2 * max(peak_bytes - resident, 0)) <= allowed
+        needed = SLACK * (resident + 2 * max(peak_bytes - resident, 0))
+        return needed <= resident + room_bytes(self.device)
+
+
+def room_bytes(device: torch.device) -> int:
+    """What this process may still allocate, by what is free now and by its cap; what it has cached counts as room."""
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = min(int(free + torch.cuda.memory_reserved(device)), int(total * _fraction(device)))
+    return allowed - int(torch.cuda.memory_allocated(device))
 
 
 def _fraction(device: torch.device) -> float:

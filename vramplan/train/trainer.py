@@ -16,10 +16,11 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from vramplan.core.types import RunSpec
 from vramplan.errors import InputError
-from vramplan.train.collate import input_tokens
+from vramplan.train.collate import input_tokens, of_one_shape
 from vramplan.train.evaluation import Evaluating
+from vramplan.train.fast.graphs import Graphs
 from vramplan.train.fast.install import Fused
-from vramplan.train.fused_loss import Head, decoder_of, fused_cross_entropy, labelled_rows
+from vramplan.train.fused_loss import Head, decoder_of, every_row, fused_cross_entropy, labelled_rows
 from vramplan.train.guard import Guard
 from vramplan.train.health import Health
 from vramplan.train.lengths import LengthGrouped
@@ -96,6 +97,7 @@ class QloraTrainer(Evaluating):
         self.watch_evaluation: Callable[[int, int], None] = lambda done, total: None
         self.guard: Guard | None = None
         self.health: Health | None = None
+        self.graphs: Graphs | None = None
         self.safe_step: SafeStep | None = None
         self._share = 1.0  # what a piece of a micro-batch has of its labelled tokens, where losses are means
         if head is not None:
@@ -147,6 +149,32 @@ class QloraTrainer(Evaluating):
         return loss
 
     def _micro_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        """Forward and backward of a whole micro-batch or a piece of one."""
+
+        def ordinary() -> Tensor:
+            return self._started_one_by_one(model, inputs, num_items_in_batch)
+
+        if self.graphs is None or num_items_in_batch is None:
+            return ordinary()
+        if self.guard is not None:
+            self.guard.gradients.ready()
+        items = torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=self.args.device)
+        tensors = {name: value for name, value in of_one_shape(inputs).items() if name != "attention_mask"}
+        loss = self.graphs.run(tensors, items, ordinary)
+        self.meter.graph_bytes = self.graphs.recorder.reserved_bytes
+        return loss
+
+    def static_micro_step(self, inputs: dict[str, Any], items: Tensor) -> Tensor:
+        """What of a micro-step can be captured: no shape and no branch depends on the data."""
+        assert self.head is not None
+        causal_lm = self.accelerator.unwrap_model(self.model).get_base_model()
+        half = self.args.bf16
+        with torch.autocast(self.args.device.type, dtype=torch.bfloat16, enabled=half, cache_enabled=False):
+            loss = fused_loss(causal_lm, self.head, inputs, items, every_row)
+        loss.backward()
+        return loss
+
+    def _started_one_by_one(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         self.meter.open()
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.meter.close("backward")
@@ -278,14 +306,20 @@ def trained_parameters(model: Any, fused: Fused | None) -> list[torch.nn.Paramet
     return [*flat, *(p for p in model.parameters() if p.requires_grad and id(p) not in views)]
 
 
-def fused_loss(causal_lm: Any, head: Head, inputs: dict[str, Any], num_items: Tensor | int | None) -> Tensor:
+def fused_loss(
+    causal_lm: Any,
+    head: Head,
+    inputs: dict[str, Any],
+    num_items: Tensor | int | None,
+    rows_of: Callable[[Tensor], tuple[Tensor, Tensor]] = labelled_rows,
+) -> Tensor:
     """The loss of a right-padded or packed batch as a scalar, without full logits.
 
     The attention mask stays out: attention is causal and padding comes last, so no real token can see it, and its own
     positions carry no label. That spares the [batch, 1, seq, seq] mask and keeps the flash kernel.
-    `num_items` None: the mean over the batch.
+    `num_items` None: the mean over the batch. `rows_of` chooses the rows that the loss is taken of.
     """
-    rows, targets = labelled_rows(inputs["labels"])
+    rows, targets = rows_of(inputs["labels"])
     hidden = decoder_of(causal_lm)(input_ids=inputs["input_ids"], use_cache=False, **arguments(inputs))[0]
     normaliser = max(rows.numel(), 1) if num_items is None else num_items
     return fused_cross_entropy(hidden, rows, targets, head, normaliser)

@@ -3,7 +3,8 @@
 With few tokens or a small model the card waits for Python: a Llama layer's forward and backward are some eighty kernels
 of a few microseconds each. A graph starts all of them at once. It needs shapes that come back (packed rows, one length)
 and memory that stays where it is: gradients are kept and zeroed, and what lives within a micro-step lies in a pool of
-the graphs' own, as large as the cached memory that an ordinary step leaves behind.
+the graphs' own. They are a luxury: made only where the card has room for the activations twice, dropped when memory
+runs short, and so no part of what a plan counts.
 
 Whether it pays is seen, not modelled: if the card has finished by the time Python has started the last kernel, Python
 is what is slow.
@@ -14,68 +15,115 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from vramplan.train.outcome import first_line
+from vramplan.train.pressure import let_go, room_bytes
 
 WATCHED = 2  # ordinary micro-steps of a shape before it is captured
 MOST = 8  # shapes that are captured; others run as ever
 SHARE = 0.03  # of the time that starting took: the card is no further behind where starting is the slow part
 SPARE_BYTES = 256 * 2**20
 
-# (input_ids, labels, items in the batch) -> loss, with the gradients added to the parameters'
-MicroStep = Callable[[Tensor, Tensor, Tensor], Tensor]
+Inputs = dict[str, Any]
+Key = tuple[tuple[str, Any], ...]
+# (inputs, items in the batch) -> loss, with the gradients added to the parameters'
+MicroStep = Callable[[Inputs, Tensor], Tensor]
 
 
+class Recorder(Protocol):
+    """Makes what plays a piece of work again; `CudaGraphs` on a card."""
+
+    reserved_bytes: int  # by what was recorded
+
+    def room(self) -> bool:
+        """Whether there is memory for graphs; gives back what is cached."""
+
+    def caught_up(self, patience_s: float) -> bool:
+        """Whether the card finishes what it was given within this time."""
+
+    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Work that was seen, not done: each call of the result does it."""
+
+    def drop(self) -> None:
+        """No graph is used any more."""
+
+
+@dataclass
 class Graphs:
-    """Runs a micro-step, as a graph once its shape has come back and starting it is what takes the time."""
+    """Runs a micro-step, as a graph once its shape has come back and starting it is what takes the time.
 
-    def __init__(self, step: MicroStep, parameters: Sequence[nn.Parameter], forget: Callable[[], None]) -> None:
-        self.step, self.parameters, self.forget = step, parameters, forget
-        self.made: dict[tuple[int, ...], _Graph] = {}
-        self.seen: dict[tuple[int, ...], int] = {}
-        self.pool: Any = None
-        self.off = ""  # why there will be no more of them
-        self.gradients: list[Tensor] = []
+    `step` plays a micro-step that depends on nothing but its tensors. `parameters`: whose gradients it adds to.
+    `forget`: drops what an interrupted step has left. `tell` gets a line for each graph, and why there are no more.
+    """
 
-    def run(self, ids: Tensor, labels: Tensor, items: Tensor) -> tuple[Tensor, bool]:
-        """(loss, whether it was a graph)."""
-        shape = tuple(ids.shape)
-        graph = self.made.get(shape)
-        if graph is not None:
+    step: MicroStep
+    parameters: Sequence[nn.Parameter]
+    forget: Callable[[], None]
+    tell: Callable[[str], None]
+    recorder: Recorder
+    off: str = ""  # why there will be no more of them
+    made: dict[Key, _Graph] = field(default_factory=dict)
+    seen: dict[Key, int] = field(default_factory=dict)
+    gradients: list[Tensor] = field(default_factory=list)
+
+    def run(self, inputs: Inputs, items: Tensor, ordinary: Callable[[], Tensor]) -> Tensor:
+        """The loss of a micro-step, which `ordinary` plays where there is no graph of this shape."""
+        key = key_of(inputs)
+        if self._wants(key):
+            self._capture(key, inputs, items)
+        if self.made:
             self._hold_gradients()
-            return graph.replay(ids, labels, items), True
+        graph = self.made.get(key)
+        if graph is not None:
+            return graph.replay(inputs, items)
         begun = time.perf_counter()
-        loss = self.step(ids, labels, items)
+        loss = ordinary()
         if not self.off and len(self.made) < MOST:
             started = time.perf_counter() - begun
-            self.seen[shape] = self.seen.get(shape, 0) + 1 if _caught_up(SHARE * started) else -MOST * WATCHED
-        return loss, False
+            waits = self.recorder.caught_up(SHARE * started)
+            self.seen[key] = self.seen.get(key, 0) + 1 if waits else -MOST * WATCHED
+        return loss
 
-    def wants(self, shape: tuple[int, ...]) -> bool:
-        return not self.off and shape not in self.made and self.seen.get(shape, 0) >= WATCHED
+    def drop(self, reason: str) -> None:
+        """Memory is needed elsewhere: no graphs from now on."""
+        if self.made:
+            self.tell(f"no CUDA graphs any more: {reason}")
+        self.off = self.off or reason
+        self.made.clear()
+        self.gradients = []
+        self.recorder.drop()
 
-    def capture(self, ids: Tensor, labels: Tensor, items: Tensor, needed_bytes: int) -> None:
-        """Make the graph of this shape, between two optimizer steps: the gradients are zero again after it.
+    def _wants(self, key: Key) -> bool:
+        """Only between two optimizer steps: the gradients are zero then, and what is captured is not computed."""
+        if self.off or key in self.made or self.seen.get(key, 0) < WATCHED:
+            return False
+        return all(p.grad is None for p in self.parameters)
 
-        `needed_bytes` is what an ordinary micro-step takes beyond what is resident.
-        """
-        gc.collect()
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info()
-        if free < needed_bytes + SPARE_BYTES:
-            self.off = "the card has no room for a pool of their own"
+    def _capture(self, key: Key, inputs: Inputs, items: Tensor) -> None:
+        if not self.recorder.room():
+            self._give_up("the card has no room for the activations twice")
             return
         self._hold_gradients()
         try:
-            self.made[tuple(ids.shape)] = _Graph(self.step, ids, labels, items, self)
+            self.made[key] = _Graph(self.step, inputs, items, self.recorder)
         except Exception as error:  # whatever cannot be captured: a library that waits for the card, for one
-            self.off = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+            let_go(error)
             self.forget()
-            torch.cuda.synchronize()
+            self._give_up(f"{type(error).__name__}: {first_line(error, 160)}")
+        else:
+            rows, tokens = inputs["input_ids"].shape
+            self.tell(f"micro-batches of {rows} x {tokens:,} tokens run as one CUDA graph from now on")
         for gradient in self.gradients:
             gradient.zero_()
+
+    def _give_up(self, reason: str) -> None:
+        self.tell(f"no CUDA graph is made: {reason}")
+        self.off = reason
 
     def _hold_gradients(self) -> None:
         """The graphs add into these very tensors; whoever has replaced one meanwhile gets it back."""
@@ -90,35 +138,66 @@ class Graphs:
                 kept.copy_(parameter.grad)
             parameter.grad = kept
 
-    @property
-    def keeps_gradients(self) -> bool:
-        """Whether gradients must be zeroed where they are rather than dropped."""
-        return bool(self.made)
+
+def key_of(inputs: Inputs) -> Key:
+    """What must be the same for a graph to be played again: shapes, and everything that is no tensor."""
+    return tuple((name, tuple(v.shape) if isinstance(v, Tensor) else v) for name, v in sorted(inputs.items()))
 
 
 class _Graph:
     """One captured micro-step and the tensors that it reads."""
 
-    def __init__(self, step: MicroStep, ids: Tensor, labels: Tensor, items: Tensor, owner: Graphs) -> None:
-        self.inputs = ids.clone(), labels.clone(), items.clone()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=owner.pool):
-            self.loss = step(*self.inputs).detach()
-        owner.pool = owner.pool or self.graph.pool()
+    def __init__(self, step: MicroStep, inputs: Inputs, items: Tensor, recorder: Recorder) -> None:
+        self.inputs = {name: v.clone() if isinstance(v, Tensor) else v for name, v in inputs.items()}
+        self.items = items.clone()
+        self.play = recorder.record(lambda: step(self.inputs, self.items).detach())
 
-    def replay(self, *values: Tensor) -> Tensor:
-        for place, value in zip(self.inputs, values, strict=True):
-            place.copy_(value, non_blocking=True)
-        self.graph.replay()
-        return self.loss.clone()
+    def replay(self, inputs: Inputs, items: Tensor) -> Tensor:
+        for name, place in self.inputs.items():
+            if isinstance(place, Tensor):
+                place.copy_(inputs[name], non_blocking=True)
+        self.items.copy_(items, non_blocking=True)
+        return self.play().clone()
 
 
-def _caught_up(patience_s: float) -> bool:
-    """Whether the card finishes what it was given within this time."""
-    done = torch.cuda.Event()
-    done.record()
-    until = time.perf_counter() + patience_s
-    while not done.query():
-        if time.perf_counter() > until:
-            return False
-    return True
+class CudaGraphs:
+    """Records with torch's CUDA graphs, all of which share one pool."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool: Any = None
+        self.reserved_bytes = 0
+
+    def room(self) -> bool:
+        transient = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        gc.collect()
+        torch.cuda.empty_cache()
+        return room_bytes(self.device) >= 2 * int(transient) + SPARE_BYTES
+
+    def caught_up(self, patience_s: float) -> bool:
+        done = torch.cuda.Event()
+        done.record()
+        until = time.perf_counter() + patience_s
+        while not done.query():
+            if time.perf_counter() > until:
+                return False
+        return True
+
+    def record(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        before = torch.cuda.memory_reserved(self.device)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (the loader's, which pins memory) may go on asking the driver for things meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            loss = work()
+        self.pool = self.pool or graph.pool()
+        self.reserved_bytes += torch.cuda.memory_reserved(self.device) - before
+
+        def play() -> Tensor:
+            graph.replay()
+            return loss
+
+        return play
+
+    def drop(self) -> None:
+        self.pool = None
+        self.reserved_bytes = 0

@@ -1,0 +1,204 @@
+"""Micro-steps as graphs: the same training, whether a graph plays them or not, and without them when memory is short.
+
+Here a graph is a piece of work that is noted down and done later; on a card (tests/test_train_card.py) it is real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("bitsandbytes")
+
+from guard_tools import Faults, Made, make_trainer, same_parameters  # noqa: E402
+
+from vramplan.train import trainer as trainer_module  # noqa: E402
+from vramplan.train.collate import Collator, of_one_shape  # noqa: E402
+from vramplan.train.fast.graphs import MOST, WATCHED, Graphs, key_of  # noqa: E402
+from vramplan.train.fused_loss import every_row, labelled_rows  # noqa: E402
+
+
+class Noted:
+    """Records by remembering the work, which then runs whenever the graph is played."""
+
+    def __init__(self) -> None:
+        self.has_room = self.waits = True
+        self.error: Exception | None = None
+        self.played = self.dropped = self.asked = 0
+        self.reserved_bytes = 0
+
+    def room(self) -> bool:
+        self.asked += 1
+        return self.has_room
+
+    def caught_up(self, patience_s: float) -> bool:
+        return self.waits
+
+    def record(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        if self.error is not None:
+            raise self.error
+
+        def play() -> Any:
+            self.played += 1
+            return work()
+
+        return play
+
+    def drop(self) -> None:
+        self.dropped += 1
+
+
+def rows(count: int, lengths: tuple[int, ...] = (16,)) -> list[dict[str, list[int]]]:
+    """Rows whose length changes from micro-batch to micro-batch of two, the first third without labels."""
+    draw = torch.Generator().manual_seed(3)
+    made = []
+    for index in range(count):
+        size = lengths[index // 2 % len(lengths)]
+        ids = torch.randint(3, 64, (size,), generator=draw).tolist()
+        made.append({"input_ids": ids, "labels": [-100] * (size // 3) + ids[size // 3 :], "attention_mask": [1] * size})
+    return made
+
+
+def make(folder: Path, noted: Noted | None, said: list[str] | None = None, **options: Any) -> Made:
+    options = {"rows": 2, "accumulation": 2, "steps": 4, "optimizer": "adamw_torch", "dataset": rows(16), **options}
+    made = make_trainer(folder, **options)
+    if noted is not None:
+        trainer, tell = made.trainer, (lambda _: None) if said is None else said.append
+        trainer.graphs = Graphs(trainer.static_micro_step, trainer.trained, lambda: None, tell, noted)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _loss_of_labelled_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss that runs without a card knows no rows without a label."""
+    monkeypatch.setattr(trainer_module, "every_row", labelled_rows)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[int, ...]], dict[str, Any]]:
+    known: dict[tuple[int, ...], dict[str, Any]] = {}
+
+    def parameters(lengths: tuple[int, ...]) -> dict[str, Any]:
+        if lengths not in known:
+            made = make(tmp_path_factory.mktemp("plain"), None, dataset=rows(16, lengths))
+            made.trainer.train()
+            known[lengths] = made.parameters()
+        return known[lengths]
+
+    return parameters
+
+
+@pytest.mark.parametrize("lengths", [(16,), (16, 24)])
+def test_a_graph_trains_as_ordinary_micro_steps_do(tmp_path: Path, plain: Any, lengths: tuple[int, ...]) -> None:
+    noted, said = Noted(), list[str]()
+    made = make(tmp_path, noted, said, dataset=rows(16, lengths))
+    made.trainer.train()
+    assert len(said) == len(made.trainer.graphs.made) == noted.asked > 0
+    assert 0 < noted.played <= 8 - WATCHED * len(said)
+    assert all("tokens run as one CUDA graph" in line for line in said)
+    same_parameters(plain(lengths), made.parameters())
+
+
+def test_a_graph_with_old_inputs_would_show(tmp_path: Path, plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    noted = Noted()
+    made = make(tmp_path, noted)
+    record = noted.record
+    monkeypatch.setattr(noted, "record", lambda work: (lambda first: lambda: first)(record(work)()))
+    made.trainer.train()
+    with pytest.raises(AssertionError):
+        same_parameters(plain((16,)), made.parameters())
+
+
+@pytest.mark.parametrize("change", [{"has_room": False}, {"waits": False}, {"error": RuntimeError("cannot capture")}])
+def test_no_graph_is_made_where_it_would_not_do(tmp_path: Path, plain: Any, change: dict[str, Any]) -> None:
+    noted, said = Noted(), list[str]()
+    for name, value in change.items():
+        setattr(noted, name, value)
+    made = make(tmp_path, noted, said)
+    made.trainer.train()
+    assert noted.played == 0 and not made.trainer.graphs.made
+    assert noted.asked == ("waits" not in change)  # and never again
+    assert said == ([] if "waits" in change else [f"no CUDA graph is made: {made.trainer.graphs.off}"])
+    same_parameters(plain((16,)), made.parameters())
+
+
+def test_graphs_are_dropped_when_memory_runs_short(tmp_path: Path, plain: Any) -> None:
+    noted = Noted()
+    made = make(tmp_path, noted)
+    trainer = made.trainer
+    trainer.guard.card.forget = lambda: trainer.graphs.drop("memory is short")
+    ordinary, faults = trainer._started_one_by_one, Faults()
+    faults.when = lambda number: number == 1
+    graph_of, seen = trainer.graphs.run, []
+
+    def run(inputs: Any, items: Any, play: Any) -> Any:
+        seen.append(bool(trainer.graphs.made))
+        if len(seen) == 6:  # a graph has been made by now
+            faults.visit()
+        return graph_of(inputs, items, play)
+
+    trainer.graphs.run = run
+    trainer.train()
+    assert ordinary is not None and seen[5] and not any(seen[6:])
+    assert noted.dropped == 1 and trainer.graphs.off == "memory is short" and trainer.graphs.gradients == []
+    same_parameters(plain((16,)), made.parameters())
+
+
+def test_only_between_steps_and_not_for_ever_new_shapes(tmp_path: Path) -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    noted = Noted()
+    graphs = Graphs(lambda inputs, items: parameter.sum(), [parameter], lambda: None, lambda _: None, noted)
+
+    def play(size: int) -> None:
+        graphs.run({"input_ids": torch.ones(1, size)}, torch.ones(()), lambda: torch.zeros(()))
+
+    parameter.grad = torch.ones(2)
+    for _ in range(WATCHED + 2):
+        play(4)
+    assert noted.asked == 0  # half a step is there
+    parameter.grad = None
+    play(4)
+    assert noted.asked == noted.played == 1
+    for size in range(5, 5 + 2 * MOST):
+        for _ in range(WATCHED + 1):
+            parameter.grad = None
+            play(size)
+    assert len(graphs.made) == MOST
+
+
+def test_gradients_made_elsewhere_come_back_into_the_graphs_own() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    graphs = Graphs(lambda inputs, items: parameter.sum(), [parameter], lambda: None, lambda _: None, Noted())
+    graphs._hold_gradients()
+    (kept,) = graphs.gradients
+    parameter.grad = torch.tensor([2.0, 3.0])
+    graphs._hold_gradients()
+    assert parameter.grad is kept and kept.tolist() == [2.0, 3.0]
+    parameter.grad = None
+    graphs._hold_gradients()
+    assert parameter.grad is kept and kept.tolist() == [0.0, 0.0]
+
+
+def test_every_row_has_the_labelled_ones_and_their_targets() -> None:
+    labels = torch.tensor([[-100, 5, 6, -100], [7, -100, 8, 9]])
+    places, targets = every_row(labels)
+    some, wanted = labelled_rows(labels)
+    found = dict(zip(places.tolist(), targets.tolist(), strict=True))
+    assert {place: target for place, target in found.items() if target != -100} == dict(
+        zip(some.tolist(), wanted.tolist(), strict=True)
+    )
+    assert len(places) == 6
+
+
+def test_packed_batches_of_other_documents_have_one_shape() -> None:
+    def batch(*lengths: int) -> dict[str, Any]:
+        ids = list(range(sum(lengths)))
+        made = Collator(0, 64, packed=True)([{"input_ids": ids, "labels": ids, "lengths": list(lengths)}])
+        return of_one_shape(made)
+
+    assert key_of(batch(30, 34)) == key_of(batch(64)) != key_of(batch(64) | {"max_length_q": 32})
+    assert batch(30, 34)["cu_seq_lens_q"].tolist()[:3] == [0, 30, 64]
