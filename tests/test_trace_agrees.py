@@ -10,7 +10,7 @@ from traced import CONFIGS, EXPERTS, STEP, births, draw, highest, lean, played_p
 
 from vramplan.core.architecture import layer_linears
 from vramplan.core.timeline import play
-from vramplan.core.types import GpuProfile, RunSpec, Unplannable
+from vramplan.core.types import GpuProfile, Lora, RunSpec, Unplannable
 from vramplan.core.unroll import Unrolled
 from vramplan.sources.profiles import load_gpu
 
@@ -87,6 +87,12 @@ def test_what_cannot_be_packed_is_refused() -> None:
 def test_every_tensor_is_born_in_the_order_of_the_libraries(family: str, checkpointing: str, kernels: str) -> None:
     run, gpu = lean(family, checkpointing=checkpointing, kernels=kernels), load_gpu("h200")
     assert births(play(spec_of(family), run, gpu)) == births(traced(family, run, gpu))
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("k_proj", "down_proj")])
+def test_every_tensor_is_born_in_order_where_some_fused_linears_have_no_adapter(targets: tuple[str, ...]) -> None:
+    run, gpu = replace(lean("llama"), lora=Lora(targets=targets)), load_gpu("h200")
+    assert births(play(spec_of("llama"), run, gpu)) == births(traced("llama", run, gpu))
 
 
 def test_a_different_step_is_told_apart() -> None:
