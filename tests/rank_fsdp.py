@@ -35,7 +35,7 @@ SETTINGS = ("checkpointing", "loss", "upcast")
 def compare(root: Path, case: dict[str, Any], world: World) -> dict[str, Any]:
     changes = dict(case)
     reentrant, random_weights = changes.pop("reentrant", False), changes.pop("random_weights", False)
-    levers = Levers(kernels="stock", **{name: changes.pop(name) for name in SETTINGS if name in changes})
+    levers = Levers(**{name: changes.pop(name) for name in SETTINGS if name in changes})
     folder = root / "model"
     if changes:
         folder = root / f"model-{'-'.join(changes)}"
@@ -43,7 +43,7 @@ def compare(root: Path, case: dict[str, Any], world: World) -> dict[str, Any]:
     run = make_run(folder, root / "text.jsonl", levers=levers, lora=Lora(r=4), random_weights=random_weights)
     sharded = replace(run, gpus=world.size, parallel="fsdp")
     model = built(sharded, world)
-    whole = built(run, World())
+    whole = built(replace(run, levers=replace(levers, kernels="stock")), World())  # sharded layers are never fused
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
     lines = {line.key: line.bytes for line in count_lines(model, optimizer, world.device)}
     description = described(str(folder))
@@ -53,6 +53,7 @@ def compare(root: Path, case: dict[str, Any], world: World) -> dict[str, Any]:
     loss_of_whole, expected = step(whole, levers, reentrant)
     return {
         "loss": loss,
+        "checkpointed": bool(model.get_base_model().is_gradient_checkpointing),
         "loss of the whole": loss_of_whole,
         "gathered at most": gathered.most,
         "gathered layer": sum(2 * m.shard_bytes(2) for m in layer_matrices(description, levers.upcast)),

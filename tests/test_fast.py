@@ -259,6 +259,7 @@ def test_slots_lie_side_by_side() -> None:
         (Levers(kernels="stock"), Lora(), "stock"),
         (Levers(upcast="all"), Lora(), "float32"),
         (Levers(), Lora(dropout=0.1), "dropout"),
+        (Levers(optimizer="adafactor"), Lora(), "shape"),
     ],
 )
 def test_what_cannot_be_fused_is_left_to_the_libraries(models: Any, levers: Levers, lora: Lora, why: str) -> None:

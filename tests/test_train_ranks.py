@@ -267,6 +267,7 @@ def compared(root: Path) -> dict[str, dict[str, Any]]:
 def test_a_sharded_model_computes_what_a_whole_one_does(compared: dict[str, dict[str, Any]], case: str) -> None:
     result = compared[case]
     assert result["loss"] == result["loss of the whole"]
+    assert result["checkpointed"] == (case != "not checkpointed")
     assert result["largest gradient"] > 1e-4
     assert result["largest difference"] == 0.0
     assert result["bytes"] == result["planned bytes"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from vramplan.core.fused import SHAPED, skips_last
+from vramplan.core.fused import skips_last
 from vramplan.core.types import ModelSpec, RunSpec
 from vramplan.trace.attention import DEVICE
 from vramplan.trace.recorder import Tracker
@@ -25,7 +25,7 @@ Replacement = tuple[Any, str, Any]
 
 def fuse(model: Any, spec: ModelSpec | None, run: RunSpec, tracker: Tracker, layers: int) -> install.Fused | None:
     """Fuse the layers of the wrapped model as the trainer would; None where it would not."""
-    if run.levers.optimizer in SHAPED or install.why_not(model, run.levers, torch.device(DEVICE)):
+    if install.why_not(model, run.levers, torch.device(DEVICE)):
         return None
     fill, filled = flat.FlatLora.fill, iter(range(layers))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -56,8 +57,10 @@ def build_model(
     float32 = float32_names(model)
     meter.phase("loaded")
 
-    progress.phase("prepare", f"upcast {run.levers.upcast}, checkpointing {run.levers.checkpointing}")
-    model = prepare(model, run.levers, meter.device, progress.warning)
+    # Fused layers read a weight where it lies: of a sharded one only a part lies there.
+    levers = run.levers if sharding is None else replace(run.levers, kernels="stock")
+    progress.phase("prepare", f"upcast {levers.upcast}, checkpointing {levers.checkpointing}")
+    model = prepare(model, levers, meter.device, progress.warning)
     meter.phase("prepared")
 
     progress.phase("lora", f"r={run.lora.r} on {', '.join(run.lora.targets)}")
@@ -67,7 +70,7 @@ def build_model(
     if sharding is not None:
         sharding.apply(model)
     meter.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    fused = fuse(model, run.levers, meter.device, progress.warning) if sharding is None else None
+    fused = fuse(model, levers, meter.device, progress.warning)
     meter.phase("with_lora")
     progress.report(audit(Loaded(model, run, meter.device, prediction, float32)))
     return model, fused

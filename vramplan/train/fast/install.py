@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import masking_utils
 
+from vramplan.core.fused import SHAPED
 from vramplan.core.types import Levers
 from vramplan.train.fast import kernels, norm, rotary
 from vramplan.train.fast.checkpoint import Checkpoints
@@ -105,6 +106,8 @@ def why_not(model: Any, levers: Levers, device: torch.device) -> str:
         return "Triton is not installed"
     if levers.upcast != "none":
         return f"upcast {levers.upcast} makes a float32 stream"
+    if levers.optimizer in SHAPED:
+        return f"{levers.optimizer} keeps a state that depends on each parameter's shape"
     layers = decoder_layers(model)
     if layers is None:
         return f"{type(model).__name__} has no list of decoder layers"

@@ -60,7 +60,8 @@ def forward(norm: Norm, x: Tensor) -> Tensor:
         return forward(norm, x.transpose(1, 2)).transpose(1, 2)
     x = x.contiguous()
     y: Tensor = _RmsNorm.apply(x, norm)[0]
-    setattr(y, _TAG, Source(x.detach(), norm))
+    if torch.is_grad_enabled():  # else nobody saves anything, and the tag would keep x as long as a view of y
+        setattr(y, _TAG, Source(x.detach(), norm))
     return y
 
 
