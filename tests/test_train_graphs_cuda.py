@@ -56,7 +56,7 @@ def test_the_losses_are_those_without_graphs(tiny: tuple[Path, Path], tmp_path: 
     assert graphs_of(tmp_path / "without") == []
     assert graphs_of(tmp_path / "with") == ["micro-batches of 2 x 64 tokens run as one CUDA graph from now on"]
     assert with_graphs == pytest.approx(without, rel=5e-3)
-    assert with_graphs[-1] < 0.8 * with_graphs[0]
+    assert with_graphs[-1] < with_graphs[0] - 0.3
 
 
 def test_the_measurement_is_that_of_ordinary_steps(tiny: tuple[Path, Path], tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ LARGE = {
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
     torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
+    gc.collect()
     torch.cuda.empty_cache()
     yield
     torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
@@ -64,6 +65,7 @@ def large(tmp_path: Path, steps: int = 2, **options: Any) -> Made:
 
 def need_of(work: Callable[[], Any]) -> int:
     """The most bytes that `work` allocates beside what is there before."""
+    gc.collect()  # what an earlier test has left would be freed meanwhile
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(DEVICE)
     before = torch.cuda.memory_allocated(DEVICE)
