@@ -24,7 +24,7 @@ from vramplan.train.guard import Guard
 from vramplan.train.health import Health
 from vramplan.train.meter import Meter
 from vramplan.train.pressure import Card
-from vramplan.train.relief import CheckpointRelief, NoRelief, Relief
+from vramplan.train.relief import CheckpointRelief, Relief
 from vramplan.train.trainer import QloraTrainer, training_arguments
 
 CPU = torch.device("cpu")
@@ -155,7 +155,7 @@ def make_trainer(
             width=width,
             parameters=lambda: trainer.trained,
             card=Card(device, fused.forget) if fused is not None else Card(device),
-            relief=relief or NoRelief(),
+            relief=relief or Relief(),
             report=made.events.append,
             meter=meter,
         )

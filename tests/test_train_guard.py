@@ -35,7 +35,7 @@ from vramplan.train.gradients import Gradients  # noqa: E402
 from vramplan.train.guard import PRESSURE_STEPS, QUIET_STEPS, Guard, State  # noqa: E402
 from vramplan.train.meter import Meter  # noqa: E402
 from vramplan.train.pressure import Card  # noqa: E402
-from vramplan.train.relief import NoRelief  # noqa: E402
+from vramplan.train.relief import Relief  # noqa: E402
 from vramplan.train.splitting import pieces_of, rows_of, width_of  # noqa: E402
 
 PLACES = ("forward", "loss", "backward")
@@ -331,7 +331,7 @@ class Room:
         self.played: list[tuple[int, int]] = []
         self.card = Card(CPU)
         self.guard = Guard(
-            rows=8, accumulation=2, width=100, parameters=lambda: [], card=self.card, relief=NoRelief(),
+            rows=8, accumulation=2, width=100, parameters=lambda: [], card=self.card, relief=Relief(),
             report=self.events.append, meter=Meter(CPU),
         )  # fmt: skip
         self.step_number = 0

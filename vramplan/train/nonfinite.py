@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vramplan.train.splitting import IGNORED, Inputs
+from vramplan.train.splitting import Inputs
+from vramplan.train.store import IGNORED
 
 SHOWN = 3  # names in a message
 
