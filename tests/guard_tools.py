@@ -43,14 +43,16 @@ SIZES = {
 OOM_TEXT = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB."
 
 
-def make_peft_model(device: torch.device = CPU, in_4_bits: bool = False, **changes: Any) -> Any:
+def make_peft_model(
+    device: torch.device = CPU, in_4_bits: bool = False, targets: str | list[str] = "all-linear", **changes: Any
+) -> Any:
     """Llama with random weights and LoRA on every linear layer, whose B is not zero: every gradient is there."""
     torch.manual_seed(0)
     base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, **changes})).float()
     base.requires_grad_(False)
     if in_4_bits:
         quantise(base.model.layers)
-    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -148,6 +150,14 @@ def make_trainer(
         return loss
 
     trainer.training_step = summed
+
+    class Clears(transformers.TrainerCallback):
+        """What `Reporter` does."""
+
+        def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+            trainer.clear_gradients()
+
+    trainer.add_callback(Clears())
     if guarded:
         trainer.guard = Guard(
             rows=rows,
@@ -165,6 +175,8 @@ def make_trainer(
                 return trainer.compute_loss(model, inputs)
 
         trainer.health = Health(run, model, redo, meter, made.events.append)
+        if fused is not None:
+            trainer.health.gradient = fused.gradient
     return made
 
 

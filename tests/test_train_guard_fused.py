@@ -68,8 +68,9 @@ class Runs:
         self.fused: list[Fused] = []
 
     def make(self, checkpointing: str, **options: Any) -> Made:
-        model = make_peft_model(in_4_bits=True)
-        levers = Levers(checkpointing=checkpointing, optimizer=options.pop("optimizer", "sgd"))
+        model = make_peft_model(in_4_bits=True, targets=options.pop("targets", "all-linear"))
+        chosen = {"optimizer": "sgd", **{name: options.pop(name) for name in ("optimizer", "loss") if name in options}}
+        levers = Levers(checkpointing=checkpointing, **chosen)
         assert why_not(model, levers, CPU) == ""
         fused = install(model, levers, CPU, skips_last=True, stochastic=False)
         self.fused.append(fused)
@@ -294,3 +295,19 @@ def test_a_rehearsal_leaves_nothing_behind(runs: Runs, clean: Callable[..., Made
         made.trainer.train()
     assert [event["oom_events"] for event in made.of("rehearsal")] == [int(fails)]
     same_parameters(wanted.parameters(), made.parameters(), rtol=1e-5 * fails, atol=1e-7 * fails)
+
+
+# ------------------------------------------------------------------------------------------------ what health sees
+def test_an_adapter_outside_the_layers_makes_nobody_miss_those_inside(runs: Runs) -> None:
+    made = runs.make("all", targets=["q_proj", "lm_head"], loss="full")
+    made.trainer.train()
+    assert made.of("health") == []
+
+
+def test_a_backward_that_is_not_finite_names_the_weights(runs: Runs) -> None:
+    made = runs.make("all", steps=1)
+    mlp = decoder_layers(made.trainer.model)[1].mlp
+    mlp.register_full_backward_hook(lambda _, grads, __: tuple(grad * float("nan") for grad in grads))
+    made.trainer.train()
+    (event,) = made.of("health")
+    assert event["reason"].startswith("the loss is finite, the backward is not, at model.layers.0.")
