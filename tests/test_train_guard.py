@@ -449,6 +449,16 @@ def test_an_evaluation_that_does_not_fit_is_halved_for_good(tmp_path: Path) -> N
     ]
 
 
+def test_a_row_without_labels_counts_for_nothing_in_an_evaluation(tmp_path: Path) -> None:
+    """Also where a model returns the mean over its batch, which is then no number."""
+    made = make_trainer(tmp_path, rows=1, loss="full")
+    made.trainer.model_accepts_loss_kwargs = False
+    data = ragged_rows(5)
+    expected = made.trainer.evaluation_loss(data)
+    bare = {**data[0], "labels": [-100] * len(data[0]["labels"])}
+    assert made.trainer.evaluation_loss([*data, bare]) == pytest.approx(expected)
+
+
 def test_an_evaluation_of_which_no_row_fits_ends_the_run(tmp_path: Path) -> None:
     made = make_trainer(tmp_path)
 

@@ -177,7 +177,7 @@ class QloraTrainer(Evaluating):
     def _evaluate_piece(self, inputs: dict[str, Any]) -> tuple[float, int]:
         labelled = labelled_in(inputs)
         loss = self.compute_loss(self.model, inputs, num_items_in_batch=torch.tensor(max(labelled, 1)))
-        return float(loss) * labelled, labelled
+        return (float(loss) * labelled if labelled else 0.0), labelled  # a mean over nothing is no number
 
     # --------------------------------------------------------------------------------------------- optimizer step
     def create_optimizer(self, model: Any = None) -> Any:
