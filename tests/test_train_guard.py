@@ -415,6 +415,7 @@ def test_the_state_survives_a_checkpoint(tmp_path: Path) -> None:
     room = Room(capacity=450)
     room.step(100, 100)
     room.guard.relief.taken = ["checkpoint"]
+    room.guard.meter.skipped_steps = 3
     room.guard.save(tmp_path)
     other = Room(capacity=450)
     relief = Endless()
@@ -423,6 +424,7 @@ def test_the_state_survives_a_checkpoint(tmp_path: Path) -> None:
     assert other.guard.state == room.guard.state != State()
     assert relief.taken == ["checkpoint"]
     assert (other.guard.meter.oom_events, other.guard.meter.micro_batch_size) == (2, 4)
+    assert other.guard.meter.skipped_steps == 3
     other.guard.load(tmp_path / "an older checkpoint")
     assert other.guard.state == room.guard.state
 
