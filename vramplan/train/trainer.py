@@ -186,7 +186,7 @@ class QloraTrainer(Evaluating):
             cls, keywords = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             group = {"params": self.trained, "weight_decay": self.args.weight_decay}
             self.optimizer: Any = cls([group], **keywords)
-            if self.guard is not None:
+            if self.guard is not None or self.health is not None:
                 self.safe_step = guard_steps(self.optimizer, self.guard, lambda: self.state.global_step + 1)
         return self.optimizer
 
