@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
@@ -17,12 +18,13 @@ from peft import LoraConfig, get_peft_model
 from vramplan.core.types import Levers, Lora, RunSpec, Schedule
 from vramplan.train import trainer as trainer_module
 from vramplan.train.data import Collator
+from vramplan.train.fast.install import Fused
 from vramplan.train.fused_loss import head_of
 from vramplan.train.guard import Guard
 from vramplan.train.health import Health
 from vramplan.train.meter import Meter
 from vramplan.train.pressure import Card
-from vramplan.train.relief import CheckpointRelief, NoRelief, Relief
+from vramplan.train.relief import CheckpointRelief, Relief
 from vramplan.train.trainer import QloraTrainer, training_arguments
 
 CPU = torch.device("cpu")
@@ -41,17 +43,30 @@ SIZES = {
 OOM_TEXT = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB."
 
 
-def make_peft_model(device: torch.device = CPU, **changes: Any) -> Any:
+def make_peft_model(
+    device: torch.device = CPU, in_4_bits: bool = False, targets: str | list[str] = "all-linear", **changes: Any
+) -> Any:
     """Llama with random weights and LoRA on every linear layer, whose B is not zero: every gradient is there."""
     torch.manual_seed(0)
     base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, **changes})).float()
     base.requires_grad_(False)
-    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    if in_4_bits:
+        quantise(base.model.layers)
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.05)
     return model.to(device)
+
+
+def quantise(layers: Any) -> None:
+    """Put every Linear below into 4 bits, as `from_pretrained` would."""
+    for name, linear in list(layers.named_modules()):
+        if type(linear) is torch.nn.Linear:
+            quantised = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=False, quant_type="nf4")
+            quantised.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+            layers.set_submodule(name, quantised.to(linear.weight.device))
 
 
 def ragged_rows(count: int, longest: int = 40, seed: int = 0) -> list[dict[str, list[int]]]:
@@ -99,6 +114,7 @@ def make_trainer(
     optimizer: str = "sgd",
     dataset: list[dict[str, list[int]]] | None = None,
     model: Any = None,
+    fused: Fused | None = None,
     relief: Relief | None = None,
     guarded: bool = True,
     schedule: Schedule | None = None,
@@ -119,6 +135,7 @@ def make_trainer(
     trainer = QloraTrainer(
         head=head_of(model.get_base_model()) if levers.loss == "fused" else None,
         meter=meter,
+        fused=fused,
         model=model,
         args=arguments,
         train_dataset=dataset,
@@ -133,14 +150,22 @@ def make_trainer(
         return loss
 
     trainer.training_step = summed
+
+    class Clears(transformers.TrainerCallback):
+        """What `Reporter` does."""
+
+        def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+            trainer.clear_gradients()
+
+    trainer.add_callback(Clears())
     if guarded:
         trainer.guard = Guard(
             rows=rows,
             accumulation=accumulation,
             width=width,
-            parameters=lambda: [p for p in model.parameters() if p.requires_grad],
-            card=Card(device),
-            relief=relief or NoRelief(),
+            parameters=lambda: trainer.trained,
+            card=Card(device, fused.forget) if fused is not None else Card(device),
+            relief=relief or Relief(),
             report=made.events.append,
             meter=meter,
         )
@@ -150,6 +175,8 @@ def make_trainer(
                 return trainer.compute_loss(model, inputs)
 
         trainer.health = Health(run, model, redo, meter, made.events.append)
+        if fused is not None:
+            trainer.health.gradient = fused.gradient
     return made
 
 
@@ -218,6 +245,44 @@ class Faults:
         finally:
             trainer_module.fused_cross_entropy = stock  # type: ignore[assignment]
             hook.remove()
+
+
+class Stumbles:
+    """Stands in for an optimizer's own step: some calls take half of it, or nothing, and then run out of memory."""
+
+    def __init__(self, optimizer: Any, stock: Callable[..., Any], failing: dict[int, str]) -> None:
+        self.optimizer, self.stock, self.failing = optimizer, stock, failing
+        self.calls = 0
+
+    def __call__(self, closure: Any = None) -> Any:
+        self.calls += 1
+        how = self.failing.get(self.calls)
+        if how is None:
+            return self.stock(closure)
+        if how == "half":
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            aside = [(p, p.grad) for p in parameters[len(parameters) // 2 :]]
+            for parameter, _ in aside:
+                parameter.grad = None
+            self.stock(closure)
+            for parameter, gradient in aside:
+                parameter.grad = gradient
+        raise torch.OutOfMemoryError(OOM_TEXT)
+
+
+def stumbling(made: Made, failing: dict[int, str]) -> Made:
+    create = made.trainer.create_optimizer
+
+    def create_optimizer(model: Any = None) -> Any:
+        optimizer = create(model)
+        safe = made.trainer.safe_step
+        assert safe is optimizer.step.safe
+        if not isinstance(safe.stock, Stumbles):
+            safe.stock = Stumbles(optimizer, safe.stock, failing)
+        return optimizer
+
+    made.trainer.create_optimizer = create_optimizer
+    return made
 
 
 def same_parameters(

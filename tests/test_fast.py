@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -108,15 +109,8 @@ def step(model: Any, autocast: bool = False) -> float:
 
 def gradients(model: Any, fused: Fused | None = None) -> dict[str, Any]:
     """By the names of PEFT's parameters; of a fused layer read through the views."""
-    if fused is None:
-        return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
-    before = [p.data.clone() for p in fused.parameters]
-    for parameter in fused.parameters:
-        parameter.data.copy_(parameter.grad)
-    found = {n: p.data.clone() for n, p in model.named_parameters() if p.requires_grad}
-    for parameter, data in zip(fused.parameters, before, strict=True):
-        parameter.data.copy_(data)
-    return found
+    of = attrgetter("grad") if fused is None else fused.gradient
+    return {n: of(p).clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
 def distance(found: dict[str, Any], wanted: dict[str, Any]) -> float:

@@ -276,6 +276,8 @@ def test_without_a_device_allocator_nothing_is_claimed() -> None:
 torch = pytest.importorskip("torch")
 pytest.importorskip("bitsandbytes")
 
+from transformers import masking_utils  # noqa: E402
+
 from vramplan.core.recipes import RECIPES  # noqa: E402
 from vramplan.train import measure as measuring  # noqa: E402
 from vramplan.train import meter as metering  # noqa: E402
@@ -405,6 +407,7 @@ def test_both_drivers_play_both_recipes(
     assert not {name for name in left if "adapter" in name or name.startswith("checkpoint-")}
     steps = [json.loads(text) for text in (tmp_path / "progress.jsonl").read_text().splitlines()]
     assert [event["step"] for event in steps if event["event"] == "step"] == [1, 2, 3]
+    assert masking_utils.find_packed_sequence_indices.__module__ == masking_utils.__name__  # given back
 
 
 def test_padding_reaches_the_model_as_a_mask(tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,6 +435,7 @@ def test_a_failure_leaves_its_measurement(tmp_path: Path, config: Path, monkeypa
         measuring.measure(run, tmp_path, CPU, progress=Progress(tmp_path / "p"), stop=NEVER)
     (row,) = rows(tmp_path / "measurement.jsonl")
     assert (row.ended, row.steps) == ("oom", 0) and "2.00 GiB" in row.message
+    assert masking_utils.find_packed_sequence_indices.__module__ == masking_utils.__name__
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -35,7 +35,7 @@ from vramplan.train.gradients import Gradients  # noqa: E402
 from vramplan.train.guard import PRESSURE_STEPS, QUIET_STEPS, Guard, State  # noqa: E402
 from vramplan.train.meter import Meter  # noqa: E402
 from vramplan.train.pressure import Card  # noqa: E402
-from vramplan.train.relief import NoRelief  # noqa: E402
+from vramplan.train.relief import Relief  # noqa: E402
 from vramplan.train.splitting import pieces_of, rows_of, width_of  # noqa: E402
 
 PLACES = ("forward", "loss", "backward")
@@ -331,7 +331,7 @@ class Room:
         self.played: list[tuple[int, int]] = []
         self.card = Card(CPU)
         self.guard = Guard(
-            rows=8, accumulation=2, width=100, parameters=lambda: [], card=self.card, relief=NoRelief(),
+            rows=8, accumulation=2, width=100, parameters=lambda: [], card=self.card, relief=Relief(),
             report=self.events.append, meter=Meter(CPU),
         )  # fmt: skip
         self.step_number = 0
@@ -415,6 +415,7 @@ def test_the_state_survives_a_checkpoint(tmp_path: Path) -> None:
     room = Room(capacity=450)
     room.step(100, 100)
     room.guard.relief.taken = ["checkpoint"]
+    room.guard.meter.skipped_steps = 3
     room.guard.save(tmp_path)
     other = Room(capacity=450)
     relief = Endless()
@@ -423,6 +424,7 @@ def test_the_state_survives_a_checkpoint(tmp_path: Path) -> None:
     assert other.guard.state == room.guard.state != State()
     assert relief.taken == ["checkpoint"]
     assert (other.guard.meter.oom_events, other.guard.meter.micro_batch_size) == (2, 4)
+    assert other.guard.meter.skipped_steps == 3
     other.guard.load(tmp_path / "an older checkpoint")
     assert other.guard.state == room.guard.state
 
@@ -447,6 +449,16 @@ def test_an_evaluation_that_does_not_fit_is_halved_for_good(tmp_path: Path) -> N
         ("evaluation", "split", 2),
         ("evaluation", "split", 1),
     ]
+
+
+def test_a_row_without_labels_counts_for_nothing_in_an_evaluation(tmp_path: Path) -> None:
+    """Also where a model returns the mean over its batch, which is then no number."""
+    made = make_trainer(tmp_path, rows=1, loss="full")
+    made.trainer.model_accepts_loss_kwargs = False
+    data = ragged_rows(5)
+    expected = made.trainer.evaluation_loss(data)
+    bare = {**data[0], "labels": [-100] * len(data[0]["labels"])}
+    assert made.trainer.evaluation_loss([*data, bare]) == pytest.approx(expected)
 
 
 def test_an_evaluation_of_which_no_row_fits_ends_the_run(tmp_path: Path) -> None:

@@ -78,6 +78,17 @@ def test_a_step_without_a_finite_gradient_is_left_out(tmp_path: Path, optimizer:
         assert {state["step"] for state in made.trainer.optimizer.optimizer.state.values()} == {3}
 
 
+def test_it_is_left_out_without_a_guard_too(tmp_path: Path) -> None:
+    """As with sharded weights, where nobody can do a micro-batch again."""
+    made = make_trainer(tmp_path, steps=1, optimizer="adamw_torch")
+    made.trainer.guard = None
+    before = made.parameters()
+    spoil(made, {1})
+    made.trainer.train()
+    assert not changed(before, made.parameters())
+    assert [event["kind"] for event in made.of("health")] == ["nan"]
+
+
 def test_three_in_a_row_end_the_run(tmp_path: Path) -> None:
     made = make_trainer(tmp_path, schedule=schedule(9))
     seen = spoil(made, {2, 4, 5, 6, 7})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from guard_tools import (  # noqa: E402
     make_trainer,
     ragged_rows,
     same_parameters,
+    stumbling,
 )
 
 from vramplan.core.types import OPTIMIZERS, Levers, Schedule  # noqa: E402
@@ -33,44 +34,6 @@ from vramplan.train.safe_step import Snapshot, allocates_nothing  # noqa: E402
 def _quick() -> Iterator[None]:
     with cheap_collections():
         yield
-
-
-class Stumbles:
-    """Stands in for an optimizer's own step: some calls take half of it, or nothing, and then run out of memory."""
-
-    def __init__(self, optimizer: Any, stock: Callable[..., Any], failing: dict[int, str]) -> None:
-        self.optimizer, self.stock, self.failing = optimizer, stock, failing
-        self.calls = 0
-
-    def __call__(self, closure: Any = None) -> Any:
-        self.calls += 1
-        how = self.failing.get(self.calls)
-        if how is None:
-            return self.stock(closure)
-        if how == "half":
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            aside = [(p, p.grad) for p in parameters[len(parameters) // 2 :]]
-            for parameter, _ in aside:
-                parameter.grad = None
-            self.stock(closure)
-            for parameter, gradient in aside:
-                parameter.grad = gradient
-        raise torch.OutOfMemoryError(OOM_TEXT)
-
-
-def stumbling(made: Made, failing: dict[int, str]) -> Made:
-    create = made.trainer.create_optimizer
-
-    def create_optimizer(model: Any = None) -> Any:
-        optimizer = create(model)
-        safe = made.trainer.safe_step
-        assert safe is optimizer.step.safe
-        if not isinstance(safe.stock, Stumbles):
-            safe.stock = Stumbles(optimizer, safe.stock, failing)
-        return optimizer
-
-    made.trainer.create_optimizer = create_optimizer
-    return made
 
 
 # These copy parameters and state before every step; the others only before the first, which makes their state.

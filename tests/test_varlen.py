@@ -15,7 +15,8 @@ from traced import CONFIGS  # noqa: E402
 from vramplan.core.types import Levers, RunSpec  # noqa: E402
 from vramplan.errors import InputError  # noqa: E402
 from vramplan.train import varlen  # noqa: E402
-from vramplan.train.collate import Collator, input_tokens, of_one_shape, part_of  # noqa: E402
+from vramplan.train.collate import Collator, input_tokens, of_one_shape  # noqa: E402
+from vramplan.train.splitting import pieces_of  # noqa: E402
 
 FAMILIES = [f for f in CONFIGS if not f.startswith(("falcon", "stablelm", "gemma2"))]
 WINDOW, WIDTH = 5, 24
@@ -131,22 +132,19 @@ def test_which_attention_a_run_loads() -> None:
         varlen.implementation(RunSpec(model="x", packing=True, levers=Levers(attention="eager")))
 
 
-def test_a_part_of_a_batch_is_the_batch_of_those_rows() -> None:
+def test_a_piece_of_a_batch_is_the_batch_of_those_rows() -> None:
     for packed in (True, False):
         examples = rows() if packed else [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows()]
         collate = Collator(0, WIDTH, packed)
         whole = collate(examples)
         assert int(input_tokens(whole)) == 40
-        for index, tokens in enumerate((20, 20)):
-            part, wanted = part_of(whole, index, index + 1), collate([examples[index]])
-            assert int(input_tokens(part)) == tokens
+        for example, piece in zip(examples, pieces_of(whole, 1), strict=True):
+            assert int(input_tokens(piece)) == 20
+            wanted = collate([example])
+            assert piece.keys() == wanted.keys()
             for name, value in wanted.items():
-                if not name.startswith("max_length"):
-                    assert (
-                        part[name][:, : value.shape[1]].tolist() == value.tolist()
-                        if value.dim() > 1
-                        else (part[name].tolist() == value.tolist())
-                    )
+                if not name.startswith("max_length"):  # the whole batch's is no less
+                    assert piece[name].tolist() == value.tolist()
 
 
 @pytest.mark.cuda

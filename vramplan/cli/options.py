@@ -112,6 +112,11 @@ class Checkpointing(ParamType):
         raise InputError(f"{flag_of(param)} must be none, all or every-K with K from 1, not {value}")
 
 
+def names_in(value: Any) -> tuple[str, ...]:
+    """Names with commas between them, each once."""
+    return tuple(dict.fromkeys(name.strip() for name in str(value).split(",")))
+
+
 class Targets(ParamType):
     """PEFT's target_modules: "all-linear" or module names with commas."""
 
@@ -120,7 +125,7 @@ class Targets(ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         if isinstance(value, tuple):
             return value
-        names = tuple(dict.fromkeys(name.strip() for name in str(value).split(",")))
+        names = names_in(value)
         if "" in names or ("all-linear" in names and len(names) > 1):
             raise InputError(f"{flag_of(param)} must be all-linear or names with commas, not {value!r}")
         return names

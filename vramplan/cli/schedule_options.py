@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from vramplan.cli.options import Number, OneOf, ParamType, Section, SectionOption, Whole, flag_of
+from vramplan.cli.options import Number, OneOf, ParamType, Section, SectionOption, Whole, flag_of, names_in
 from vramplan.core.types import INTERVALS, LR_SCHEDULERS, ON_NAN, REPORTERS, SAVE_STRATEGIES, Schedule
 from vramplan.errors import InputError
 
@@ -22,7 +22,7 @@ class Reporters(ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         if isinstance(value, tuple):
             return value
-        names = tuple(dict.fromkeys(name.strip() for name in str(value).split(",")))
+        names = names_in(value)
         if names == ("none",):
             return ()
         unknown = [name for name in names if name not in REPORTERS]

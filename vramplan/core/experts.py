@@ -26,6 +26,7 @@ from .tape import Node, Tape, Tensor
 if TYPE_CHECKING:
     from .blocks import Player
 
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what configs call the number of experts
 SMALL_SORT = 4096  # ATen native/cuda/Sort.cpp: up to here `sort` needs no scratch
 
 

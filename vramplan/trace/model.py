@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from vramplan.core import experts
 from vramplan.core.timeline import checkpoint_period
 from vramplan.core.types import RunSpec, Unplannable
 from vramplan.errors import InputError
@@ -232,7 +233,7 @@ def _targets(model: Any, targets: tuple[str, ...]) -> str | list[str]:
     """As `vramplan.train.lora`: with experts, all-linear is named, for PEFT 0.21 would adapt experts and router too."""
     if targets != ("all-linear",):
         return list(targets)
-    if not any(getattr(model.config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+    if not any(getattr(model.config, name, None) for name in experts.COUNTS):
         return "all-linear"
     head = model.get_output_embeddings()
     linears = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]

@@ -85,6 +85,8 @@ def watch_over(
     """
     world = world or World()
     trainer.health = Health(run, trainer.model, partial(_redo, trainer, world), trainer.meter, progress.report)
+    if trainer.fused is not None:
+        trainer.health.gradient = trainer.fused.gradient
     if world.size > 1:
         trainer.health.agree = lambda bad: bool(world.sum(bad)[0])
     if world.sharded:

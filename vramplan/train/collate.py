@@ -51,10 +51,15 @@ class Collator:
     def _width(self, longest: int) -> int:
         if self.packed and self.max_length is not None:
             return max(longest, self.max_length)
-        if longest <= _MULTIPLE:
-            return longest
-        width = round_up(longest, _MULTIPLE)
-        return width if self.max_length is None else max(longest, min(width, self.max_length))
+        return padded(longest, self.max_length)
+
+
+def padded(longest: int, most: int | None = None) -> int:
+    """Tokens that rows are padded to, the longest of which has `longest`."""
+    if longest <= _MULTIPLE:
+        return longest
+    width = round_up(longest, _MULTIPLE)
+    return width if most is None else max(longest, min(width, most))
 
 
 def borders(rows: Sequence[Sequence[int]], width: int) -> dict[str, Any]:
@@ -103,15 +108,3 @@ def input_tokens(batch: dict[str, Any]) -> torch.Tensor:
         return batch["attention_mask"].sum()
     positions = batch["position_ids"]  # a document has one token at position 1, beside the one at 0
     return (positions > 0).sum() + (positions == 1).sum()
-
-
-def part_of(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
-    """Rows `start` to `stop` of a batch, padded or packed. For a packed one on a card this waits for the device."""
-    width = batch["input_ids"].shape[1]
-    part = dict(batch)
-    for name, value in batch.items():
-        if name.startswith("cu_seq_lens"):
-            part[name] = value[(value >= start * width) & (value <= stop * width)] - start * width
-        elif not name.startswith("max_length"):
-            part[name] = value[start:stop]
-    return part

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from vramplan.core.loss import chunk_tokens
 from vramplan.errors import InputError
 from vramplan.train.fast import kernels
-
-IGNORED = -100  # the label that torch and transformers leave out of the loss
+from vramplan.train.store import IGNORED
 
 
 @dataclass(frozen=True)

@@ -233,7 +233,7 @@ class Guard:
 
     def save(self, folder: Path) -> None:
         """Write the state into a checkpoint."""
-        state = {**asdict(self.state), "relief": self.relief.taken}
+        state = {**asdict(self.state), "relief": self.relief.taken, "skipped_steps": self.meter.skipped_steps}
         (folder / STATE_FILE).write_text(json.dumps(state) + "\n")
 
     def load(self, folder: Path) -> None:
@@ -245,3 +245,4 @@ class Guard:
         retake(self.relief, stored["relief"])
         self.state = State(**{field.name: stored[field.name] for field in fields(State) if field.name in stored})
         self.meter.oom_events, self.meter.micro_batch_size = self.state.oom_events, self.micro_batch_size
+        self.meter.skipped_steps = stored.get("skipped_steps", 0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from math import isfinite
+from operator import attrgetter
 from statistics import fmean, median
 from typing import Any
 
@@ -42,6 +43,8 @@ class Health:
         self.in_a_row = 0  # steps without a finite gradient
         # More than one process must leave out the same steps: whoever runs several says here what all of them found.
         self.agree: Callable[[bool], bool] = bool
+        # Of fused layers the gradients are kept elsewhere: `Fused.gradient`.
+        self.gradient: Callable[[Tensor], Tensor | None] = attrgetter("grad")
         self._step = Step()
         self._said: set[str] = set()
         self._norms: deque[float] = deque(maxlen=NORMS)
@@ -85,7 +88,7 @@ class Health:
         self.in_a_row += 1
         self.meter.skipped_steps += 1
         if self.in_a_row == 1:
-            why = why_not_finite(self.model, self._step, self.redo)
+            why = why_not_finite(self.model, self._step, self.redo, self.gradient)
             self._reason = "; ".join(part for part in (why, self._rate_reason()) if part)
             self._say("nan", step, "the gradients are not finite: the step is left out", self._reason)
         if self.run.schedule.on_nan == "stop" and self.in_a_row >= NAN_LIMIT:
@@ -102,8 +105,8 @@ class Health:
             return
         self._looked = True
         tensors = trained(self.model)
-        lost = [name for name, p in tensors if p.grad is None]
-        if 0 < len(lost) < len(tensors):  # all: then the gradients are kept elsewhere, and their norm tells
+        lost = [name for name, p in tensors if self.gradient(p) is None]
+        if 0 < len(lost) < len(tensors):  # all: then their norm tells
             self._say(
                 "no_gradient",
                 step,

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from vramplan.core import experts
 from vramplan.core.fused import SKIPS_LAST
 from vramplan.core.types import Levers, Lora
 from vramplan.errors import InputError
@@ -95,7 +96,7 @@ def add_lora(model: Any, lora: Lora) -> Any:
     targets: str | list[str] = "all-linear" if lora.targets == ("all-linear",) else list(lora.targets)
     if isinstance(targets, list):
         check_targets(model, targets)
-    elif getattr(model.config, "num_experts", None) or getattr(model.config, "num_local_experts", None):
+    elif any(getattr(model.config, name, None) for name in experts.COUNTS):
         targets = linear_names(model)  # PEFT 0.21 would adapt experts and router too (`_convert_peft_config_moe`)
     config = LoraConfig(
         r=lora.r,

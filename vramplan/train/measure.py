@@ -11,7 +11,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from vramplan.core.varlen import documents_per_row
 from vramplan.errors import InputError
 from vramplan.train.building import build_model, refuse_what_is_not_built
 from vramplan.train.data import IGNORED, Collator, Example
+from vramplan.train.fast.install import Fused, uninstalled
 from vramplan.train.fused_loss import Head, head_of
 from vramplan.train.load import resolve
 from vramplan.train.meter import Meter, count_lines, recorded
@@ -63,7 +63,14 @@ def _measure(run: RunSpec, run_dir: Path, meter: Meter, progress: Progress, stop
     transformers.utils.logging.disable_progress_bar()
     transformers.set_seed(run.schedule.seed)
     model, fused = build_model(run, resolve(run, run_dir), meter, progress)
+    with uninstalled(fused):
+        _play(run, run_dir, model, fused, meter, progress, stop)
+    return f"{meter.steps} steps measured"
 
+
+def _play(
+    run: RunSpec, run_dir: Path, model: Any, fused: Fused | None, meter: Meter, progress: Progress, stop: StopSignal
+) -> None:
     rows = RandomRows(run, model.get_input_embeddings().num_embeddings)
     head = head_of(model.get_base_model(), fused is not None) if run.levers.loss == "fused" else None
     optimizer = usable_optimizer(run.levers.optimizer, meter.device, progress)
@@ -84,8 +91,7 @@ def _measure(run: RunSpec, run_dir: Path, meter: Meter, progress: Progress, stop
         trainer.train()
     else:
         Loop(run, model, head, trained_parameters(model, fused), rows, arguments, meter, progress).train()
-    _hold(meter)
-    return f"{meter.steps} steps measured"
+    _hold(meter)  # here, where the optimizer's state is still alive
 
 
 def steps_of(run: RunSpec) -> int:
@@ -209,9 +215,7 @@ class Loop:
         else:
             meter.busy_s += seconds
             meter.busy_tokens += tokens
-        if isfinite(loss):  # a record holds no NaN
-            meter.first_loss = loss if meter.first_loss is None else meter.first_loss
-            meter.last_loss = loss
+        meter.loss(loss)
         self.progress(
             "step",
             step=meter.steps,

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from importlib import metadata
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,12 @@ class Meter:
         if max(self._step.values(), default=0) > max(self._highest.values(), default=0):
             self._highest = self._step
         self._reserved = max(self._reserved, (self.reserved_bytes() or 0) - self.graph_bytes)
+
+    def loss(self, loss: float) -> None:
+        """The loss of a step, or the mean of several. One that is no number is left out: a record holds none."""
+        if isfinite(loss):
+            self.first_loss = loss if self.first_loss is None else self.first_loss
+            self.last_loss = loss
 
     def rehearsed(self) -> int | None:
         """The rehearsal is over: its peak becomes a phase of its own, and no step's."""

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vramplan.train.splitting import IGNORED, Inputs
+from vramplan.train.splitting import Inputs
+from vramplan.train.store import IGNORED
 
 SHOWN = 3  # names in a message
 
@@ -34,7 +35,9 @@ class Step:
         return next((inputs for inputs, loss in pairs if not bool(torch.isfinite(loss).all())), None)
 
 
-def why_not_finite(model: nn.Module, step: Step, redo: Callable[[Inputs], Any]) -> str:
+def why_not_finite(
+    model: nn.Module, step: Step, redo: Callable[[Inputs], Any], gradient: Callable[[Tensor], Tensor | None]
+) -> str:
     """The reason as half a sentence, or "" if none can be found. Plays the forward of one micro-batch again."""
     if step.without_labels():
         return "no token is to be learned: all labels are -100"
@@ -42,7 +45,7 @@ def why_not_finite(model: nn.Module, step: Step, redo: Callable[[Inputs], Any]) 
         return f"the adapter's own weights are not finite any more ({some_of(broken)}): an earlier update broke them"
     culprit = step.culprit()
     if culprit is None:
-        wrong = [n for n, p in trained(model) if p.grad is not None and not _finite(p.grad)]
+        wrong = [n for n, p in trained(model) if (grad := gradient(p)) is not None and not _finite(grad)]
         return f"the loss is finite, the backward is not, at {some_of(wrong)}" if wrong else ""
     try:
         return first_not_finite(model, lambda: redo(culprit)) or "the loss itself: all modules' outputs are finite"

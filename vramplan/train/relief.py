@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -13,74 +13,65 @@ from vramplan.train.fast.install import Fused
 MEASURES = {"checkpoint": "every layer checkpointed", "offload": "checkpoints in host memory"}
 
 
-class Relief(Protocol):
-    """Measures in order, cheapest first; names as in MEASURES. One that was taken stays; none changes the result."""
+class Relief:
+    """Measures in order, cheapest first; names as in MEASURES. One that was taken stays; none changes the result.
 
-    taken: list[str]
+    left: those that can be taken. Without any nothing can be done.
+    """
+
+    def __init__(self, *left: str) -> None:
+        self.taken: list[str] = []
+        self._left = list(left)
 
     def take(self) -> str | None:
         """Take the next measure and return its name, or None if none is left."""
+        if not self._left:
+            return None
+        name = self._left.pop(0)
+        self._apply(name)
+        self.taken.append(name)
+        return name
+
+    def _apply(self, name: str) -> None:
+        raise NotImplementedError
 
 
-class NoRelief:
-    """Nothing can be done."""
-
-    def __init__(self) -> None:
-        self.taken: list[str] = []
-
-    def take(self) -> str | None:
-        return None
+def _useful(levers: Levers, device: torch.device) -> list[str]:
+    """The measures that save something where these levers are in force."""
+    everywhere = [] if levers.checkpointing == "all" else ["checkpoint"]
+    return [*everywhere, "offload"] if device.type == "cuda" and not levers.checkpoint_offload else everywhere
 
 
-class CheckpointRelief:
+class CheckpointRelief(Relief):
     """transformers' own levers: first checkpoint every layer, then hold the checkpoints in host memory.
 
     model: the causal language model inside PEFT. levers: what is in force when training starts.
     """
 
     def __init__(self, model: Any, levers: Levers, device: torch.device) -> None:
+        super().__init__(*(_useful(levers, device) if model.supports_gradient_checkpointing else ()))
         self.model = model
-        self.taken: list[str] = []
         self._offload = levers.checkpoint_offload
-        possible = {
-            "checkpoint": levers.checkpointing != "all",
-            "offload": device.type == "cuda" and not levers.checkpoint_offload,
-        }
-        can = bool(model.supports_gradient_checkpointing)
-        self._left = [name for name, useful in possible.items() if can and useful]
 
-    def take(self) -> str | None:
-        if not self._left:
-            return None
-        name = self._left.pop(0)
+    def _apply(self, name: str) -> None:
         self._offload = self._offload or name == "offload"
         if getattr(self.model, "_require_grads_hooks", None):  # enabling again would hook the embeddings twice
             self.model.disable_input_require_grads()
         self.model.gradient_checkpointing_enable({"use_reentrant": False}, every_n_layers=1, offload=self._offload)
-        self.taken.append(name)
-        return name
 
 
-class FusedRelief:
+class FusedRelief(Relief):
     """The same of fused layers, whose checkpoints are ours."""
 
     def __init__(self, fused: Fused, levers: Levers, device: torch.device) -> None:
+        super().__init__(*_useful(levers, device))
         self.fused = fused
-        self.taken: list[str] = []
-        self._left = ["checkpoint"] if levers.checkpointing != "all" else []
-        if device.type == "cuda" and not levers.checkpoint_offload:
-            self._left.append("offload")
 
-    def take(self) -> str | None:
-        if not self._left:
-            return None
-        name = self._left.pop(0)
+    def _apply(self, name: str) -> None:
         if name == "checkpoint":
             self.fused.checkpoint_all()
         else:
             self.fused.offload()
-        self.taken.append(name)
-        return name
 
 
 def retake(relief: Relief, names: Iterable[str]) -> None:

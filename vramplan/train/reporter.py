@@ -85,9 +85,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
             return
         trainer, meter = self.trainer, self.trainer.meter
         loss = logs["loss"]
-        if abs(loss) < float("inf"):
-            meter.first_loss = loss if meter.first_loss is None else meter.first_loss
-            meter.last_loss = loss
+        meter.loss(loss)
         if self.trainer.health is not None:
             self.trainer.health.loss(loss, state.global_step)
         elif not abs(loss) < float("inf"):

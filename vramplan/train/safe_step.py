@@ -24,8 +24,11 @@ from vramplan.train.pressure import let_go
 Step = Callable[..., Any]
 
 
-def guard_steps(optimizer: Any, guard: Guard, step_now: Callable[[], int]) -> SafeStep:
-    """Make `optimizer.step()` safe. step_now: the number of the optimizer step in progress, from 1."""
+def guard_steps(optimizer: Any, guard: Guard | None, step_now: Callable[[], int]) -> SafeStep:
+    """Make `optimizer.step()` safe. step_now: the number of the optimizer step in progress, from 1.
+
+    Without a guard a step can still be left out, but lack of memory is not survived.
+    """
     safe: SafeStep | None = getattr(optimizer.step, "safe", None)
     if safe is None:
         safe = SafeStep(optimizer, guard, step_now)
@@ -41,7 +44,7 @@ def guard_steps(optimizer: Any, guard: Guard, step_now: Callable[[], int]) -> Sa
 class SafeStep:
     """What stands in for an optimizer's `step`."""
 
-    def __init__(self, optimizer: Any, guard: Guard, step_now: Callable[[], int]) -> None:
+    def __init__(self, optimizer: Any, guard: Guard | None, step_now: Callable[[], int]) -> None:
         self.optimizer, self.guard, self.step_now = optimizer, guard, step_now
         self.stock: Step = optimizer.step
         self.drop_next = False  # leave the next step out: its gradients are not finite
@@ -50,7 +53,7 @@ class SafeStep:
         if self.drop_next:
             self.drop_next = False
             return None
-        if allocates_nothing(self.optimizer) and has_state(self.optimizer):
+        if self.guard is None or (allocates_nothing(self.optimizer) and has_state(self.optimizer)):
             return self.stock(closure)
         before = Snapshot(self.optimizer)
         for step, action in ((self.stock, "retry"), (self.stock, "one_by_one"), (self._one_by_one, "")):

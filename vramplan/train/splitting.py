@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vramplan.train.collate import padded
+from vramplan.train.store import IGNORED
+
 Inputs = dict[str, Any]
 
-IGNORED = -100
-_MULTIPLE = 8  # widths that tensor cores like, as the collator makes them
 # Borders of packed documents in the flattened batch, as transformers names them: int32 [documents + 1].
 _BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k")
 
@@ -66,8 +67,7 @@ def _trimmed(piece: Inputs) -> Inputs:
         return piece
     width = width_of(piece)
     used = torch.nonzero(mask.any(dim=0))
-    needed = int(used.max()) + 1 if used.numel() else 1
-    needed = min(-(-needed // _MULTIPLE) * _MULTIPLE, width) if needed > _MULTIPLE else needed
+    needed = padded(int(used.max()) + 1 if used.numel() else 1, width)
     return {
         name: value[:, :needed] if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[1] == width else value
         for name, value in piece.items()

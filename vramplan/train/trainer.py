@@ -205,7 +205,7 @@ class QloraTrainer(Evaluating):
     def _evaluate_piece(self, inputs: dict[str, Any]) -> tuple[float, int]:
         labelled = labelled_in(inputs)
         loss = self.compute_loss(self.model, inputs, num_items_in_batch=torch.tensor(max(labelled, 1)))
-        return float(loss) * labelled, labelled
+        return (float(loss) * labelled if labelled else 0.0), labelled  # a mean over nothing is no number
 
     # --------------------------------------------------------------------------------------------- optimizer step
     def create_optimizer(self, model: Any = None) -> Any:
@@ -214,7 +214,7 @@ class QloraTrainer(Evaluating):
             cls, keywords = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             group = {"params": self.trained, "weight_decay": self.args.weight_decay}
             self.optimizer: Any = cls([group], **keywords)
-            if self.guard is not None:
+            if self.guard is not None or self.health is not None:
                 self.safe_step = guard_steps(self.optimizer, self.guard, lambda: self.state.global_step + 1)
         return self.optimizer
 

@@ -47,6 +47,16 @@ class Fused:
         if self.checkpoints is not None:
             self.checkpoints.forget()
 
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """The gradient of any parameter of the model: of a view of ours the same view of our gradient."""
+        if id(parameter) not in self.views:
+            return parameter.grad
+        storage = parameter.untyped_storage().data_ptr()
+        flat = next(ours.grad for ours in self.parameters if ours.untyped_storage().data_ptr() == storage)
+        if flat is None:
+            return None
+        return flat.as_strided(parameter.shape, parameter.stride(), parameter.storage_offset())
+
     def check(self) -> None:
         """RuntimeError if PEFT's parameters are no views of ours any more: then what is trained would not be saved."""
         ours = {parameter.untyped_storage().data_ptr() for parameter in self.parameters}
