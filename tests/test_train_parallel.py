@@ -225,7 +225,8 @@ def test_a_measurement_over_ranks_is_the_most_of_any() -> None:
     one = make_measurement(
         phases=(MeasuredPhase(name="loaded", allocated_bytes=5), MeasuredPhase(name="step", peak_bytes=7))
     )
-    two = replace(one, tokens=1, phases=(MeasuredPhase(name="loaded", allocated_bytes=4, peak_bytes=9),
+    one = replace(one, oom_events=1)
+    two = replace(one, tokens=1, oom_events=2, micro_batch_size=3, phases=(MeasuredPhase(name="loaded", allocated_bytes=4, peak_bytes=9),
                                          MeasuredPhase(name="step", peak_bytes=8)))  # fmt: skip
     found = over_ranks(one, [one, two])
     assert found.phases == (
@@ -233,3 +234,4 @@ def test_a_measurement_over_ranks_is_the_most_of_any() -> None:
         MeasuredPhase(name="step", peak_bytes=8),
     )
     assert (found.gpus, found.rank_peak_bytes, found.tokens) == (2, (7, 8), one.tokens)
+    assert (found.oom_events, found.micro_batch_size) == (3, 3)

@@ -243,7 +243,7 @@ def estimate(model: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None) -> L
              formula="peak of loading and preparing, with a margin", basis="modelled", group="overhead"),
         Line(key="overhead.context", label="CUDA context", bytes=card.context_bytes,
              formula="per process and card", basis=card.context_basis, group="overhead"),
-        Line(key="overhead.nccl", label="NCCL's buffers", bytes=nccl, formula="4 MiB and two smaller ones per channel",
+        Line(key="overhead.nccl", label="NCCL", bytes=nccl, formula="three buffers per channel, and 633 MiB",
              basis="modelled", group="overhead"),
     ]  # fmt: skip
     peaks = {"load": loading.load_peak_bytes, **sim.played.allocated}

@@ -24,6 +24,9 @@ BUCKET_BYTES = 32 * MIB
 CHANNEL_BYTES = 4 * MIB + 8 * 512 * 8 * 16 + 120 * 640 * 8 * 8
 NVLINK_CAPABILITIES = ((7, 0), (8, 0), (9, 0), (10, 0))
 NVLINK_CHANNELS, CHANNELS = 24, 4
+# What two H100 held beside context, buffers and PyTorch's memory (docs/measurements/h100-two-gpus.jsonl). What it is made
+# of was not looked into, nor whether other cards hold as much.
+LIBRARY_BYTES = 633 * MIB
 
 
 class Matrix(NamedTuple):
@@ -102,4 +105,5 @@ def nccl_bytes(run: RunSpec, gpu: GpuProfile) -> int:
     """What NCCL takes of a card beside torch's allocator, modelled; 0 for one card."""
     if run.gpus == 1:
         return 0
-    return CHANNEL_BYTES * (NVLINK_CHANNELS if gpu.compute_capability in NVLINK_CAPABILITIES else CHANNELS)
+    channels = NVLINK_CHANNELS if gpu.compute_capability in NVLINK_CAPABILITIES else CHANNELS
+    return LIBRARY_BYTES + CHANNEL_BYTES * channels

@@ -191,7 +191,7 @@ class Meter:
 
 
 def over_ranks(own: Measurement, ranks: Sequence[Measurement]) -> Measurement:
-    """The most that any rank had, phase by phase, and the peaks of all."""
+    """The most that any rank had, phase by phase, and the peaks of all; what any of them survived."""
 
     def most(name: str, phases: Sequence[MeasuredPhase]) -> int | None:
         return max((size for phase in phases if (size := getattr(phase, name)) is not None), default=None)
@@ -202,10 +202,13 @@ def over_ranks(own: Measurement, ranks: Sequence[Measurement]) -> Measurement:
         for phases in zip(*(measurement.phases for measurement in ranks), strict=False)
     ]
     peaks = [most("peak_bytes", [p for p in m.phases if p.name == "step"]) for m in ranks]
+    sizes_now = [m.micro_batch_size for m in ranks if m.micro_batch_size is not None]
     return replace(
         own,
         phases=tuple(together),
         gpus=len(ranks),
+        oom_events=sum(m.oom_events for m in ranks),
+        micro_batch_size=min(sizes_now, default=None),
         rank_peak_bytes=tuple(peak for peak in peaks if peak is not None),
     )
 

@@ -208,6 +208,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
         dist.all_reduce(flat)
         pieces = flat.split([gradient.numel() for gradient in bucket])
         torch._foreach_copy_(bucket, [p.view_as(g) for p, g in zip(pieces, bucket, strict=True)])
+        del flat, pieces  # before the next one is made
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
