@@ -226,8 +226,11 @@ def test_a_measurement_over_ranks_is_the_most_of_any() -> None:
         phases=(MeasuredPhase(name="loaded", allocated_bytes=5), MeasuredPhase(name="step", peak_bytes=7))
     )
     one = replace(one, oom_events=1)
-    two = replace(one, tokens=1, oom_events=2, micro_batch_size=3, phases=(MeasuredPhase(name="loaded", allocated_bytes=4, peak_bytes=9),
-                                         MeasuredPhase(name="step", peak_bytes=8)))  # fmt: skip
+    phases = (
+        MeasuredPhase(name="loaded", allocated_bytes=4, peak_bytes=9),
+        MeasuredPhase(name="step", peak_bytes=8),
+    )
+    two = replace(one, tokens=1, oom_events=2, micro_batch_size=3, phases=phases)
     found = over_ranks(one, [one, two])
     assert found.phases == (
         MeasuredPhase(name="loaded", allocated_bytes=5, peak_bytes=9),

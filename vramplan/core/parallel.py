@@ -24,8 +24,8 @@ BUCKET_BYTES = 32 * MIB
 CHANNEL_BYTES = 4 * MIB + 8 * 512 * 8 * 16 + 120 * 640 * 8 * 8
 NVLINK_CAPABILITIES = ((7, 0), (8, 0), (9, 0), (10, 0))
 NVLINK_CHANNELS, CHANNELS = 24, 4
-# What two H100 held beside context, buffers and PyTorch's memory (docs/measurements/h100-two-gpus.jsonl). What it is made
-# of was not looked into, nor whether other cards hold as much.
+# What two H100 held beside context, buffers and PyTorch's memory (docs/measurements/h100-two-gpus.jsonl). What it is
+# made of was not looked into, nor whether other cards hold as much.
 LIBRARY_BYTES = 633 * MIB
 
 
