@@ -122,6 +122,7 @@ def test_no_graph_is_made_where_it_would_not_do(tmp_path: Path, plain: Any, chan
     made.trainer.train()
     assert noted.played == 0 and not made.trainer.graphs.made
     assert noted.asked == ("waits" not in change)  # and never again
+    assert made.trainer.graphs.gradients == []
     assert said == ([] if "waits" in change else [f"no CUDA graph is made: {made.trainer.graphs.off}"])
     same_parameters(plain((16,)), made.parameters())
 
@@ -146,6 +147,17 @@ def test_graphs_are_dropped_when_memory_runs_short(tmp_path: Path, plain: Any) -
     assert ordinary is not None and seen[5] and not any(seen[6:])
     assert noted.dropped == 1 and trainer.graphs.off == "memory is short" and trainer.graphs.gradients == []
     same_parameters(plain((16,)), made.parameters())
+
+
+def test_what_is_captured_is_training(tmp_path: Path) -> None:
+    """After an evaluation, a rehearsal's for one, the model is not in training mode, and checkpoints nothing."""
+    made, modes = make(tmp_path, Noted(), steps=0), list[bool]()
+    model = made.trainer.model
+    model.get_base_model().model.register_forward_pre_hook(lambda *_: modes.append(model.training))
+    batch = made.trainer.data_collator(made.trainer.train_dataset[:2])
+    model.eval()
+    made.trainer.static_micro_step({k: v for k, v in batch.items() if k != "attention_mask"}, torch.tensor(9.0))
+    assert modes == [True]
 
 
 def test_only_between_steps_and_not_for_ever_new_shapes(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -71,8 +71,13 @@ class Gradients:
 def host_like(tensor: Tensor) -> Tensor:
     """An empty tensor of the same shape and dtype in host memory, pinned if `tensor` is on a card and that can be."""
     if tensor.is_cuda:
-        try:
-            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        except RuntimeError:  # pinned memory is scarce under WSL and in containers; a plain copy is only slower
-            pass
+        return pinned(tensor.shape, tensor.dtype)
     return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+def pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An empty tensor in pinned host memory, or where that is scarce (WSL, containers) in ordinary, only slower."""
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    except RuntimeError:
+        return torch.empty(shape, dtype=dtype)

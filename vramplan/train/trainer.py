@@ -167,6 +167,7 @@ class QloraTrainer(Evaluating):
     def static_micro_step(self, inputs: dict[str, Any], items: Tensor) -> Tensor:
         """What of a micro-step can be captured: no shape and no branch depends on the data."""
         assert self.head is not None
+        self.model.train()  # after an evaluation it is not: then layers would be captured without their checkpoints
         causal_lm = self.accelerator.unwrap_model(self.model).get_base_model()
         half = self.args.bf16
         with torch.autocast(self.args.device.type, dtype=torch.bfloat16, enabled=half, cache_enabled=False):

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from vramplan.train.fast.mlp import Mlp
+from vramplan.train.gradients import pinned
 
 Layer = Callable[[Tensor], Any]
 
@@ -171,7 +172,7 @@ class HostInputs:
     def _buffer(self, index: int, x: Tensor) -> Tensor:
         held = self.buffers.get(index)
         if held is None or held.numel() < x.numel() or held.dtype != x.dtype:
-            self.buffers[index] = torch.empty(x.numel(), dtype=x.dtype, pin_memory=True)
+            self.buffers[index] = pinned((x.numel(),), x.dtype)
         return self.buffers[index][: x.numel()]
 
     def forget(self) -> None:

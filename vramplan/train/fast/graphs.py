@@ -120,6 +120,8 @@ class Graphs:
             self.tell(f"micro-batches of {rows} x {tokens:,} tokens run as one CUDA graph from now on")
         for gradient in self.gradients:
             gradient.zero_()
+        if not self.made:  # nobody needs them to stay where they are
+            self.gradients = []
 
     def _give_up(self, reason: str) -> None:
         self.tell(f"no CUDA graph is made: {reason}")
