@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import sys
 from collections.abc import Iterator
@@ -283,6 +285,24 @@ def test_a_checkpoint_between_two_logs_knows_its_tokens(root: Path, tmp_path: Pa
         tune(run, tmp_path / "cut", stop_after=2)
     tune(run, tmp_path / "cut", resume=True)
     assert measurement(tmp_path / "cut").tokens == measurement(tmp_path / "whole").tokens
+
+
+def test_a_step_that_is_given_up_takes_no_tokens_of_others_with_it(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the middle of step 4, after two micro-batches of a rehearsal: steps 2 and 3 count, unlogged."""
+    stock, calls = QloraTrainer.training_step, itertools.count(1)
+
+    def training_step(self: QloraTrainer, *arguments: Any) -> Any:
+        self.watch_evaluation.__self__.stop.asked = next(calls) == 2 + 7  # type: ignore[attr-defined]
+        return stock(self, *arguments)
+
+    monkeypatch.setattr(QloraTrainer, "training_step", training_step)
+    with pytest.raises(Interrupted, match="after step 3"):
+        tune(spec(root, logging_steps=10), tmp_path)
+    state = json.loads((tmp_path / "checkpoints" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert measurement(tmp_path).steps == 3
+    assert measurement(tmp_path).tokens == state["num_input_tokens_seen"] > events(tmp_path, "step")[-1]["tokens"]
 
 
 class Listener(transformers.TrainerCallback):  # type: ignore[misc]

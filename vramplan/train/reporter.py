@@ -75,6 +75,9 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         else:
             self._log_first(control)
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.window.settle()
+
     def _log_first(self, control: Any) -> None:
         """No evaluation and no save falls between the steps of a log: its rate and its tokens are of training alone."""
         control.should_log = control.should_log or control.should_save or control.should_evaluate
