@@ -22,7 +22,7 @@ from vramplan.cli import run as run_cli
 from vramplan.cli.measure import shortened
 from vramplan.core.types import GpuProcess, Levers, Measurement, RunSpec, Schedule
 from vramplan.core.units import MIB
-from vramplan.errors import InputError, VramplanError
+from vramplan.errors import InputError, OutOfMemory, VramplanError
 from vramplan.launch import child
 from vramplan.report.measure import show_measurement
 from vramplan.sources import gpu, records
@@ -423,6 +423,16 @@ def test_padding_reaches_the_model_as_a_mask(tmp_path: Path, config: Path, monke
         run = tiny_run(config, "peft", driver="loop", padding=padding, accumulation=1, schedule=Schedule(max_steps=2))
         measuring.measure(run, tmp_path, CPU, progress=Progress(tmp_path / "p"), stop=NEVER)
     assert seen == [{"input_ids", "labels"}] * 2 + [{"input_ids", "labels", "attention_mask"}] * 2
+
+
+def test_what_ended_a_run_is_said_although_its_measurement_cannot_be_written(tmp_path: Path) -> None:
+    def work() -> str:
+        raise OutOfMemory("a row does not fit")
+
+    with pytest.raises(OutOfMemory):
+        metering.recorded(metering.Meter(CPU), tmp_path / "no such folder" / "measurement.jsonl", work)
+    with pytest.raises(InputError, match="cannot write"):
+        metering.recorded(metering.Meter(CPU), tmp_path / "no such folder" / "measurement.jsonl", lambda: "done")
 
 
 def test_a_failure_leaves_its_measurement(tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import sys
 from collections.abc import Iterator
@@ -283,6 +285,39 @@ def test_a_checkpoint_between_two_logs_knows_its_tokens(root: Path, tmp_path: Pa
         tune(run, tmp_path / "cut", stop_after=2)
     tune(run, tmp_path / "cut", resume=True)
     assert measurement(tmp_path / "cut").tokens == measurement(tmp_path / "whole").tokens
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, micro_batch: int) -> None:
+    """Ask to stop in this micro-batch of the training; before the first there are two of a rehearsal."""
+    stock, calls = QloraTrainer.training_step, itertools.count(-1)
+
+    def training_step(self: QloraTrainer, *arguments: Any) -> Any:
+        self.watch_evaluation.__self__.stop.asked = next(calls) == micro_batch  # type: ignore[attr-defined]
+        return stock(self, *arguments)
+
+    monkeypatch.setattr(QloraTrainer, "training_step", training_step)
+
+
+def test_a_step_that_is_given_up_takes_no_tokens_of_others_with_it(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the middle of step 4: steps 2 and 3, which nobody has logged, count."""
+    stop_at(monkeypatch, 7)
+    with pytest.raises(Interrupted, match="after step 3"):
+        tune(spec(root, logging_steps=10), tmp_path)
+    state = json.loads((tmp_path / "checkpoints" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert measurement(tmp_path).steps == 3
+    assert measurement(tmp_path).tokens == state["num_input_tokens_seen"] > events(tmp_path, "step")[-1]["tokens"]
+
+
+def test_a_stop_before_the_first_step_leaves_no_checkpoint(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers saves at the end of an epoch, which a stop in the middle of a step is too."""
+    stop_at(monkeypatch, 1)
+    with pytest.raises(Interrupted, match="before the first step; nothing to save"):
+        tune(spec(root, save_strategy="epoch"), tmp_path)
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 class Listener(transformers.TrainerCallback):  # type: ignore[misc]

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib import metadata
 from math import isfinite
@@ -215,16 +216,15 @@ def over_ranks(own: Measurement, ranks: Sequence[Measurement]) -> Measurement:
 
 def recorded(meter: Meter, path: Path, work: Callable[[], str]) -> str:
     """Does `work`, returns its message; however it ends, the file gets a line, a Measurement. Failures raise."""
-    ended, message = "finished", ""
     try:
         message = work()
-        return message
     except BaseException as error:
         outcome = outcome_of(error)
-        ended, message = outcome.ended, outcome.message
+        with suppress(Exception):  # the disk is full, say: what ended the run is the error to raise
+            records.append_jsonl(path, meter.measurement(outcome.ended, outcome.message))
         raise
-    finally:
-        records.append_jsonl(path, meter.measurement(ended, message))
+    records.append_jsonl(path, meter.measurement("finished", message))
+    return message
 
 
 # --------------------------------------------------------------------------------------- tensors, one by one

@@ -72,8 +72,12 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.stop.asked:  # what should be logged was; half a step is not
             control.should_evaluate = control.should_log = False
+            control.should_save = control.should_save and state.global_step > 0
         else:
             self._log_first(control)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.window.settle()
 
     def _log_first(self, control: Any) -> None:
         """No evaluation and no save falls between the steps of a log: its rate and its tokens are of training alone."""

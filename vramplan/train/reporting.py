@@ -102,6 +102,10 @@ class Window:
         """Of all whole steps, logged or not. Waits for the device."""
         return self.meter.tokens + self.sum(int(self.tokens))
 
+    def settle(self) -> None:
+        """The training is over: whole steps that nobody has logged count too."""
+        self.meter.tokens, self.tokens = self.tokens_seen(), 0
+
     def seconds_per_step(self) -> float:
         """The mean so far; of the last window as long as there is only the one that warmed up."""
         return self.meter.busy_s / self.busy_steps if self.busy_steps else self._seconds_per_step
