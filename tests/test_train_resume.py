@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from guard_tools import OOM_TEXT, cheap_collections, make_trainer  # noqa: E402
 from train_tools import events, make_model, make_run, make_text, measurement  # noqa: E402
 
 from vramplan.core.types import DataSpec, Lora, RunSpec, Schedule  # noqa: E402
-from vramplan.errors import DiskFull, OutOfMemory  # noqa: E402
+from vramplan.errors import DiskFull, InputError, OutOfMemory  # noqa: E402
 from vramplan.train.finetune import finetune  # noqa: E402
 from vramplan.train.outcome import Interrupted, outcome_of  # noqa: E402
 from vramplan.train.progress import Progress  # noqa: E402
@@ -317,3 +318,17 @@ def test_half_a_line_of_a_killed_run_is_ended(tmp_path: Path) -> None:
     lines = path.read_text().splitlines()
     assert len(lines) == 4
     assert lines[1] == '{"event": "st'
+
+
+# ------------------------------------------------------------------------------------------------- fused layers
+def test_fused_layers_go_on_too_but_not_as_stock_ones(run: RunSpec, tmp_path: Path) -> None:
+    fused = replace(run, lora=Lora(r=8))
+    assert fused.levers.kernels == "fused"
+    tune(fused, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        tune(fused, tmp_path / "cut", stop_after=3)
+    with pytest.raises(InputError, match=r"checkpoint-3 does not fit .*") as told:
+        tune(replace(fused, levers=replace(fused.levers, kernels="stock")), tmp_path / "cut", resume=True)
+    assert "--kernels" in told.value.hint
+    tune(fused, tmp_path / "cut", resume=True)
+    assert curve(tmp_path / "cut") == pytest.approx(curve(tmp_path / "whole"), abs=1e-6)

@@ -51,7 +51,7 @@ class CheckpointRelief(Relief):
     def __init__(self, model: Any, levers: Levers, device: torch.device) -> None:
         super().__init__(*(_useful(levers, device) if model.supports_gradient_checkpointing else ()))
         self.model = model
-        self._offload = levers.checkpoint_offload
+        self._offload = levers.checkpoint_offload and device.type == "cuda"
 
     def _apply(self, name: str) -> None:
         self._offload = self._offload or name == "offload"

@@ -220,8 +220,15 @@ class QloraTrainer(Evaluating):
         return self.optimizer
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with state_where_it_belongs(self.optimizer.optimizer):
-            super()._load_optimizer_and_scheduler(checkpoint)
+        try:
+            with state_where_it_belongs(self.optimizer.optimizer):
+                super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:  # of fused layers, where these are stock, or the other way round
+            raise InputError(
+                f"the optimizer state of {Path(str(checkpoint)).name} does not fit this run's parameters: "
+                f"{first_line(error)}",
+                "resume with the --kernels, and on the kind of device, that it was started with",
+            ) from error
 
     def _clip_grad_norm(self, model: Any) -> Any:
         return self._clip(self.args.max_grad_norm)
