@@ -301,7 +301,7 @@ def test_one_bad_line_is_named_or_skipped(
         read(path, tokenizer)
     splits = read(path, tokenizer, told, on_bad_row="skip")
     assert (splits.examples, splits.skipped) == (5, 1)
-    assert "1 bad rows left out" in told[0]["message"] and "line 4" in told[0]["message"]
+    assert "1 bad row left out" in told[0]["message"] and "line 4" in told[0]["message"]
 
 
 def test_a_huge_line_is_not_held(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,7 +391,7 @@ def test_cut_and_left_out_rows_are_counted_and_said(tmp_path: Path, tokenizer: A
     splits = read(write_jsonl(tmp_path / "a.jsonl", values), tokenizer, told, seq_len=16)
     assert (splits.examples, splits.truncated, splits.skipped, splits.longest) == (2, 1, 2, 16)
     messages = " ".join(event["message"] for event in told if event["event"] == "warning")
-    assert "1 rows (50.0 %) cut" in messages and "2 rows left out" in messages
+    assert "1 row (50.0 %) cut" in messages and "2 rows left out" in messages
     found = told[-1]
     lost = len(tokenizer(long)["input_ids"]) + len(tokenizer("Short?")["input_ids"]) - 16
     assert (found["event"], found["rows"], found["empty"], found["truncated"]) == ("data", 4, 2, 1)

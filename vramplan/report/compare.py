@@ -70,9 +70,12 @@ def _moment(key: str, label: str, predicted: int, measured: int | None) -> Pair:
 
 def _lines(ledger: Ledger, measurement: Measurement) -> list[Pair]:
     predicted = {line.key: line for line in ledger.lines}
+    # Without a card nothing is paged: the whole state is counted, of which the prediction has what stays on the card.
+    paged = "paged" in ledger.run.levers.optimizer and measurement.device != "cuda"
+    left_out = {*NOT_COMPARED, "optimizer.state"} if paged else NOT_COMPARED
     pairs = []
     for line in measurement.lines:
-        if line.key in NOT_COMPARED:
+        if line.key in left_out:
             continue
         expected = predicted.get(line.key)
         pairs.append(

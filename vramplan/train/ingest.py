@@ -160,17 +160,17 @@ class Ingest:
                 "rows need text to learn, within the sequence length",
             )
         if counts["bad"]:
-            self._warn(f"{counts['bad']:,} bad rows left out; the first: {first_bad}")
+            self._warn(f"{_rows(counts['bad'], 'bad ')} left out; the first: {first_bad}")
         if counts["empty"]:
-            self._warn(f"{counts['empty']:,} rows left out: nothing to learn in their first {self._seq_len} tokens")
+            self._warn(f"{_rows(counts['empty'])} left out: nothing to learn in their first {self._seq_len} tokens")
         if counts["dropped"]:
             self._warn(
-                f"{counts['dropped']:,} rows left out: longer than the sequence length of {self._seq_len} tokens"
+                f"{_rows(counts['dropped'])} left out: longer than the sequence length of {self._seq_len} tokens"
             )
         if counts["truncated"]:
             share = 100 * counts["truncated"] / len(source.store)
             self._warn(
-                f"{counts['truncated']:,} rows ({share:.1f} %) cut to the sequence length of {self._seq_len} tokens: "
+                f"{_rows(counts['truncated'])} ({share:.1f} %) cut to the sequence length of {self._seq_len} tokens: "
                 f"{counts['tokens_lost']:,} tokens lost"
             )
         if self._check.unsaid:
@@ -184,3 +184,7 @@ class Ingest:
 
     def _warn(self, message: str) -> None:
         self._report({"event": "warning", "message": message})
+
+
+def _rows(count: int, kind: str = "") -> str:
+    return f"{count:,} {kind}row{'' if count == 1 else 's'}"
