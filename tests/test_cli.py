@@ -78,6 +78,7 @@ class Rooms:
     prepared: tuple[Path, RunSpec, Plan | None, bool] | None = None
     predicted: Ledger | None = None
     objective: str = ""
+    free: tuple[str, ...] = ()
     chip: str | None = None
 
     def estimate(self, model: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None) -> Ledger:
@@ -91,9 +92,16 @@ class Rooms:
         return self.verdict
 
     def make_plan(
-        self, model: ModelSpec, run: RunSpec, gpu: GpuProfile, effective_batch_size: int, objective: str = "speed"
+        self,
+        model: ModelSpec,
+        run: RunSpec,
+        gpu: GpuProfile,
+        effective_batch_size: int,
+        objective: str = "speed",
+        *,
+        free: tuple[str, ...] = (),
     ) -> Plan:
-        self.run, self.objective = run, objective
+        self.run, self.objective, self.free = run, objective, free
         plan = make_plan(gpu=gpu, effective_batch_size=effective_batch_size)
         return self.plan or replace(plan, verdict=self.verdict, advice=("--seq-len 512 needs 3 GiB",))
 
@@ -340,6 +348,25 @@ def test_fit_writes_the_plan_it_prints(cli: Cli, rooms: Rooms, tmp_path: Path) -
     assert read_json(file, Plan).effective_batch_size == 16
     assert json.loads(result.out) == json.loads(file.read_text())
     assert f"vramplan train {file} --data FILE" in cli(*FIT, "--gpu", "rtx-4090", "-o", file).out
+
+
+@pytest.mark.parametrize(
+    ("flags", "free"),
+    [
+        ("", ("checkpointing", "checkpoint_offload")),
+        ("--checkpointing all", ("checkpoint_offload",)),
+        ("--no-gradient-checkpointing", ("checkpoint_offload",)),
+        ("--no-checkpoint-offload --optim adamw_8bit", ("checkpointing",)),
+    ],
+)
+def test_what_a_flag_settles_is_not_searched(cli: Cli, rooms: Rooms, flags: str, free: tuple[str, ...]) -> None:
+    assert cli(*FIT, "--gpu", "rtx-4090", *flags.split()).code == 0
+    assert rooms.free == free
+    assert rooms.run is not None
+    if "--optim" in flags:
+        assert rooms.run.levers.optimizer == "adamw_8bit"
+    if "--checkpointing" in flags:
+        assert rooms.run.levers.checkpointing == "all"
 
 
 def test_an_impossible_fit_advises_writes_nothing_and_exits_3(cli: Cli, rooms: Rooms, tmp_path: Path) -> None:

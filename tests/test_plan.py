@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from measured import model
 
 from vramplan.core.ledger import estimate
-from vramplan.core.plan import Quick, capacity, divisors, judge, largest, plan
+from vramplan.core.plan import SEARCHED, Quick, capacity, divisors, judge, largest, plan, settings_of
 from vramplan.core.recipes import RECIPES
 from vramplan.core.types import GpuProfile, Levers, Lora, RunSpec
 from vramplan.core.units import GIB
@@ -112,9 +112,60 @@ def test_a_pinned_lever_is_kept():
     assert plan(SMALL, run, card(20), 4).run.levers.checkpointing == "none"
 
 
-@pytest.mark.parametrize("objective", ["memory", "context"])
-def test_objectives_of_memory_take_the_fewest_bytes(objective):
+def test_memory_takes_the_fewest_bytes():
     run = RunSpec(model="s", seq_len=512)
-    small = plan(SMALL, run, card(20), 8, objective)
-    fast = plan(SMALL, run, card(20), 8)
-    assert small.ledger.peak.device_bytes <= fast.ledger.peak.device_bytes
+    small = plan(SMALL, run, card(20), 8, "memory")
+    assert small.run.micro_batch_size == 1 and small.run.levers.checkpointing == "all"
+    need = small.ledger.peak.device_bytes
+    for other in settings_of(run, SEARCHED):
+        assert need <= 1.02 * estimate(SMALL, replace(other, accumulation=8), card(20)).peak.device_bytes
+
+
+@pytest.mark.parametrize("gib", [0.8, 1.5, 4.0])
+def test_context_is_the_longest_that_fits(gib):
+    spec = replace(SMALL, max_position_embeddings=10**6)
+    found = plan(spec, RunSpec(model="s", seq_len=64), card(gib), 4, "context")
+    assert found.verdict != "does_not_fit" and f"{found.run.seq_len:,} tokens" in found.reason
+    assert found.run.micro_batch_size * found.run.accumulation == 4
+    for setting in settings_of(found.run, SEARCHED):
+        longer = replace(setting, seq_len=found.run.seq_len + max(found.run.seq_len // 40, 128))
+        assert judge(estimate(spec, longer, card(gib)), card(gib)) == "does_not_fit", longer.levers
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.sampled_from(["llama-3.1-8b", "qwen2.5-0.5b", "gemma-2-9b"]), st.floats(6.0, 60.0), st.integers(1, 32),
+       st.sampled_from([512, 2048, 4096]))  # fmt: skip
+def test_no_combination_that_fits_is_faster(name, gib, effective, seq):
+    """The whole sweep of divisors and settings, which the search cuts short."""
+    spec, gpu = model(name), card(gib)
+    run = RunSpec(model=name, seq_len=seq)
+    found = plan(spec, run, gpu, effective)
+    if found.verdict == "does_not_fit":
+        return
+    quick = Quick(spec)
+    best = found.candidates[0].tokens_per_s
+    for setting in settings_of(run, SEARCHED):
+        for micro in divisors(effective):
+            variant = replace(setting, micro_batch_size=micro, accumulation=effective // micro)
+            if quick.bytes(variant, gpu) <= gpu.usable_bytes:
+                assert quick.speed(variant, gpu) <= 1.03 * best, variant
+
+
+def test_why_a_plan_is_the_best():
+    run = RunSpec(model="llama-3.1-8b", seq_len=2048)
+    roomy = plan(model("llama-3.1-8b"), run, card(23), 16).reason
+    assert "no checkpoints is the fastest of" in roomy and "% slower" in roomy
+    small = plan(model("llama-3.1-8b"), run, card(9), 16)
+    assert "would need" in small.reason
+    offloaded = replace(run, levers=replace(run.levers, checkpointing="all", checkpoint_offload=True))
+    assert "checkpointed to host memory" in plan(model("llama-3.1-8b"), offloaded, card(23), 16, free=()).reason
+
+
+def test_offload_over_a_slow_link_is_slow():
+    fast, slow = (replace(card(23), pcie_bytes_per_s=rate) for rate in (32 * 10**9, 10**9))
+    run = RunSpec(model="l", micro_batch_size=4, levers=Levers(checkpointing="all", checkpoint_offload=True))
+    kept = replace(run, levers=replace(run.levers, checkpoint_offload=False))
+    spec = model("llama-3.1-8b")
+    speeds = [[Quick(spec).speed(r, gpu) for gpu in (fast, slow)] for r in (run, kept)]
+    assert speeds[0][0] == pytest.approx(speeds[1][0], rel=0.02) and speeds[1][0] == speeds[1][1]
+    assert speeds[0][1] < 0.7 * speeds[0][0]

@@ -17,7 +17,7 @@ EXAMPLE = "Example: vramplan fit llama-2-7b --effective-batch-size 16 --gpu rtx-
 
 @click.command("fit", cls=options.SectionCommand, epilog=EXAMPLE)
 @click.argument("model")
-@options.use(options.FIT, options.ONE_GPU, options.GPU_INDEX, options.RUN, options.LORA, options.OUTPUT)
+@options.use(options.FIT, options.ONE_GPU, options.GPU_INDEX, options.RUN, options.LORA, options.LEVERS, options.OUTPUT)
 def command(**params: Any) -> int:
     """Choose the levers and the micro-batch with which MODEL trains best on one card."""
     from vramplan.core.plan import plan as make_plan
@@ -29,7 +29,7 @@ def command(**params: Any) -> int:
     card = build.card(params["gpu"], params["gpu_index"])
     spec = build.model_spec(params)
     run = build.run_spec({**params, "effective_batch_size": None}, spec)
-    plan = make_plan(spec, run, card, params["effective_batch_size"], params["objective"])
+    plan = make_plan(spec, run, card, params["effective_batch_size"], params["objective"], free=_free(params))
     build.warn(*plan.ledger.warnings)
     fits = plan.verdict != "does_not_fit"
     if fits and target is not None:
@@ -45,3 +45,13 @@ def command(**params: Any) -> int:
 
         show_fit(sys.stdout, plan, written=str(target) if fits and target else None, width=params["width"])
     return OK if fits else DOES_NOT_FIT
+
+
+def _free(params: build.Params) -> tuple[str, ...]:
+    """The levers that are searched: those that no flag and no run file settles."""
+    settled = set()
+    if params["checkpointing"] is not None or params["gradient_checkpointing"] is not None:
+        settled.add("checkpointing")
+    if params["checkpoint_offload"] is not None:
+        settled.add("checkpoint_offload")
+    return tuple(lever for lever in ("checkpointing", "checkpoint_offload") if lever not in settled)

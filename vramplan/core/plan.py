@@ -9,7 +9,7 @@ from . import resident
 from .ledger import MARGIN, estimate
 from .parallel import nccl_bytes, shards
 from .replay import workspaces
-from .speed import tokens_per_s
+from .speed import host_bytes, tokens_per_s
 from .timeline import play
 from .types import Candidate, GpuProfile, GpuVerdict, Ledger, Levers, ModelSpec, Plan, RunSpec
 from .units import human
@@ -17,6 +17,8 @@ from .unroll import Unrolled
 
 OBJECTIVES = ("speed", "memory", "context")
 CHECKPOINTING = ("none", "every-4", "every-2", "all")
+OFFLOADED = ("every-2", "all")  # with so many checkpoints it pays to hold them in host memory
+SEARCHED = ("checkpointing", "checkpoint_offload")  # levers that a plan turns unless they are given
 MAX_BATCH = 4096
 
 
@@ -121,21 +123,21 @@ def plan(
     effective_batch_size: int,
     objective: str = "speed",
     *,
-    free: tuple[str, ...] = ("checkpointing",),
+    free: tuple[str, ...] = SEARCHED,
 ) -> Plan:
     """The best run of this model on this card with exactly this effective batch.
 
-    Searches the micro-batches that divide the effective batch and, if `free` names it, the checkpointing lever;
-    everything else stays as asked. `objective` "speed" takes the most tokens per second (modelled; the larger
-    micro-batch and the less checkpointing where the card's rates are unknown), "memory" and "context" the fewest
-    bytes. What cannot fit is a Plan too, with verdict "does_not_fit" and advice. Raises Unplannable.
+    Searches the micro-batches that divide the effective batch and the levers that `free` names; everything else stays
+    as asked. `objective` "speed" takes the most tokens per second (modelled; the larger micro-batch and the less
+    checkpointing where the card's rates are unknown), "memory" the fewest bytes, "context" the levers with the fewest
+    bytes and then the longest sequence that fits with them. What cannot fit is a Plan too, with verdict "does_not_fit"
+    and advice. Raises Unplannable.
     """
     quick = Quick(model)
-    settings = CHECKPOINTING if "checkpointing" in free else (run.levers.checkpointing,)
     candidates: list[tuple[Candidate, RunSpec]] = []
-    for checkpointing in settings:
-        for micro in _micro_batches(quick, run, gpu, effective_batch_size, checkpointing):
-            candidates.append(_candidate(quick, run, gpu, effective_batch_size, checkpointing, micro))
+    for variant in settings_of(run, free):
+        for micro in _micro_batches(quick, variant, gpu, effective_batch_size, objective):
+            candidates.append(_candidate(quick, variant, gpu, effective_batch_size, micro))
     ranked = sorted(candidates, key=lambda pair: _rank(pair[0], objective))
     for candidate, chosen in ranked:
         if candidate.verdict == "does_not_fit":
@@ -145,17 +147,33 @@ def plan(
         if verdict != "does_not_fit":
             exact = replace(candidate, device_bytes=ledger.peak.device_bytes, verdict=verdict)
             tried = [exact if c is candidate else c for c, _ in ranked]
+            if objective == "context":
+                return _longest(quick, ledger, settings_of(chosen, free), gpu, effective_batch_size, tried)
             return _plan(ledger, gpu, effective_batch_size, verdict, tried, exact, objective)
     smallest = min((pair for pair in candidates), key=lambda pair: pair[0].device_bytes)[1]
     return _impossible(quick, model, smallest, gpu, effective_batch_size, [c for c, _ in ranked])
 
 
-def _micro_batches(quick: Quick, run: RunSpec, gpu: GpuProfile, effective: int, checkpointing: str) -> list[int]:
-    """The largest divisor that fits and its smaller neighbours: smaller ones are never faster by this model."""
+def settings_of(run: RunSpec, free: tuple[str, ...]) -> list[RunSpec]:
+    """The run with every combination of the free levers that may be best, least recomputation first."""
+    wanted, levers = run.levers, run.levers
+    out = []
+    for checkpointing in CHECKPOINTING if "checkpointing" in free else (wanted.checkpointing,):
+        for offload in (False, True) if "checkpoint_offload" in free else (wanted.checkpoint_offload,):
+            if offload and "checkpoint_offload" in free and checkpointing not in OFFLOADED:
+                continue
+            levers = replace(wanted, checkpointing=checkpointing, checkpoint_offload=offload)
+            out.append(replace(run, levers=levers))
+    return out
+
+
+def _micro_batches(quick: Quick, run: RunSpec, gpu: GpuProfile, effective: int, objective: str) -> list[int]:
+    """For speed the largest divisor that fits and its smaller neighbour: by this model none below is faster."""
     options = divisors(effective)
-    variant = with_checkpointing(run, checkpointing)
+    if objective != "speed":
+        return options[:1]
     count = largest(
-        lambda n: quick.bytes(_split(variant, options[n - 1], effective), gpu) <= gpu.usable_bytes, len(options)
+        lambda n: quick.bytes(_split(run, options[n - 1], effective), gpu) <= gpu.usable_bytes, len(options)
     )
     return options[max(0, count - 2) : max(count, 1)]
 
@@ -164,14 +182,8 @@ def _split(run: RunSpec, micro: int, effective: int) -> RunSpec:
     return replace(run, micro_batch_size=micro, accumulation=effective // micro)
 
 
-def with_checkpointing(run: RunSpec, checkpointing: str) -> RunSpec:
-    return replace(run, levers=replace(run.levers, checkpointing=checkpointing))
-
-
-def _candidate(
-    quick: Quick, run: RunSpec, gpu: GpuProfile, effective: int, checkpointing: str, micro: int
-) -> tuple[Candidate, RunSpec]:
-    variant = _split(with_checkpointing(run, checkpointing), micro, effective)
+def _candidate(quick: Quick, run: RunSpec, gpu: GpuProfile, effective: int, micro: int) -> tuple[Candidate, RunSpec]:
+    variant = _split(run, micro, effective)
     size = quick.bytes(variant, gpu)
     candidate = Candidate(
         levers=variant.levers,
@@ -184,13 +196,14 @@ def _candidate(
     return candidate, variant
 
 
-def _rank(candidate: Candidate, objective: str) -> tuple[bool, int, int, int]:
-    misfit = candidate.verdict == "does_not_fit"
+def _rank(candidate: Candidate, objective: str) -> tuple[bool, int, int, bool, int]:
+    misfit, levers = candidate.verdict == "does_not_fit", candidate.levers
     if objective == "speed":
-        recomputes = CHECKPOINTING.index(candidate.levers.checkpointing) if (
-            candidate.levers.checkpointing in CHECKPOINTING) else 1  # fmt: skip
-        return misfit, -(candidate.tokens_per_s or 0), recomputes, -candidate.micro_batch_size
-    return misfit, candidate.device_bytes, candidate.micro_batch_size, 0
+        known = levers.checkpointing in CHECKPOINTING
+        recomputes = CHECKPOINTING.index(levers.checkpointing) if known else 1
+        speed = -(candidate.tokens_per_s or 0)
+        return misfit, speed, recomputes, levers.checkpoint_offload, -candidate.micro_batch_size
+    return misfit, candidate.device_bytes, candidate.micro_batch_size, False, 0
 
 
 def _plan(
@@ -206,10 +219,67 @@ def _plan(
     speed = f", about {chosen.tokens_per_s:,} tokens/s (modelled)" if chosen.tokens_per_s else ""
     why = "the fastest of" if objective == "speed" else "the smallest of"
     reason = (
-        f"micro-batch {run.micro_batch_size} x accumulation {run.accumulation} with checkpointing "
-        f"{run.levers.checkpointing!r} is {why} {len(candidates)} combinations tried{speed}"
+        f"micro-batch {run.micro_batch_size} x accumulation {run.accumulation} with {named(run.levers)} is {why} "
+        f"{len(candidates)} combinations tried{speed}{_instead(candidates, chosen, objective)}"
     )
     return _of(ledger, gpu, effective, verdict, reason, candidates)
+
+
+def named(levers: Levers) -> str:
+    """The levers that a plan turns, in words."""
+    if levers.checkpointing == "none":
+        return "no checkpoints"
+    every = levers.checkpointing.removeprefix("every-")
+    layers = "every layer" if every == "all" else f"one layer in {every}"
+    return f"{layers} checkpointed" + (" to host memory" if levers.checkpoint_offload else "")
+
+
+def _instead(candidates: list[Candidate], chosen: Candidate, objective: str) -> str:
+    """What is given up: the least recomputation that does not fit, or how much slower the next choice is."""
+    if objective != "speed" or not chosen.tokens_per_s:
+        return ""
+    faster = [c for c in candidates if c.verdict == "does_not_fit" and (c.tokens_per_s or 0) > chosen.tokens_per_s]
+    if faster:
+        nearest = min(faster, key=lambda c: c.device_bytes)
+        return f"; {named(nearest.levers)} would need {human(nearest.device_bytes)}"
+    others = [c for c in candidates if c.levers != chosen.levers and c.verdict != "does_not_fit"]
+    if not others:
+        return ""
+    loss = 1 - (others[0].tokens_per_s or 0) / chosen.tokens_per_s
+    return f"; the next, {named(others[0].levers)}, is {max(100 * loss, 0):.0f} % slower"
+
+
+def _longest(
+    quick: Quick,
+    ledger: Ledger,
+    settings: list[RunSpec],
+    gpu: GpuProfile,
+    effective: int,
+    candidates: list[Candidate],
+) -> Plan:
+    """The run with the longest sequence that the card holds, in steps of 128 tokens; `ledger` is of one that fits."""
+    model, most = quick.model, quick.model.max_position_embeddings
+
+    def longest_of(run: RunSpec) -> RunSpec:
+        def with_blocks(n: int) -> RunSpec:
+            return replace(run, seq_len=min(128 * n, most))
+
+        return with_blocks(_largest_that_survives(quick, gpu, with_blocks, -(-most // 128)))
+
+    leanest = [run for run in settings if run.levers.checkpointing == settings[-1].levers.checkpointing]
+    found = max((longest_of(run) for run in leanest), key=lambda run: (run.seq_len, not run.levers.checkpoint_offload))
+    if found.seq_len > ledger.run.seq_len:
+        ledger = estimate(model, found, gpu)
+    run = ledger.run
+    reason = (
+        f"{run.seq_len:,} tokens are the longest sequence that fits, at micro-batch {run.micro_batch_size} with "
+        f"{named(run.levers)}"
+    )
+    if run.seq_len == most:
+        reason += ", all that the model knows positions for"
+    if run.levers.checkpoint_offload:
+        reason += f"; the checkpoints take {human(host_bytes(model, run))} of the computer's memory"
+    return _of(ledger, gpu, effective, judge(ledger, gpu), reason, candidates)
 
 
 def _of(

@@ -63,9 +63,25 @@ def tokens_per_s(model: ModelSpec, run: RunSpec, gpu: GpuProfile, unrolled: Unro
     traffic = TOUCHES * born / micro_steps / (BANDWIDTH_SHARE * gpu.bandwidth_bytes_per_s)
     each = GRAPHED_SECONDS if graphed(model, run) else LAUNCH_SECONDS
     seconds = max(compute + traffic, kernels / micro_steps * each)
+    seconds = with_offload(seconds, model, run, gpu)
     gathering, summing = link_seconds(model, run, gpu)
     seconds = max(seconds, gathering) + summing / run.accumulation
     return round(run.gpus * run.micro_batch_size * run.seq_len / seconds)
+
+
+def with_offload(seconds: float, model: ModelSpec, run: RunSpec, gpu: GpuProfile) -> float:
+    """The time of a micro-step whose layer inputs travel to the host during the forward, a third of it, and back."""
+    if not run.levers.checkpoint_offload or run.levers.checkpointing == "none":
+        return seconds
+    transfer = host_bytes(model, run) / (LINK_SHARE * (gpu.pcie_bytes_per_s or LINK_BYTES_PER_S))
+    return max(seconds / 3, transfer) + max(2 * seconds / 3, transfer)
+
+
+def host_bytes(model: ModelSpec, run: RunSpec) -> int:
+    """What offloaded checkpoints take of the computer's memory, pinned: one layer input each."""
+    layers = -(-model.num_layers // checkpoint_period(run.levers.checkpointing))
+    width = 4 if run.levers.upcast == "all" else 2
+    return layers * run.micro_batch_size * run.seq_len * model.hidden_size * width
 
 
 def link_seconds(model: ModelSpec, run: RunSpec, gpu: GpuProfile) -> tuple[float, float]:

@@ -35,8 +35,8 @@ def show_fit(stream: TextIO, plan: Plan, *, written: str | None = None, width: i
     if plan.candidates:
         screen.print()
         tables.put(screen, candidate_table(screen, plan.candidates, plan), 2)
-        left = len(plan.candidates) - SHOWN
-        more = f"; {left} more were priced" if left > 0 else ""
+        left = len(plan.candidates) - len(shown(plan.candidates, plan))
+        more = f"; {left} more were priced, slower or no smaller" if left > 0 else ""
         screen.print(Text(f"~ tokens/s is modelled, not measured{more}", style="dim"))
     if plan.verdict != "does_not_fit":
         tables.command(screen, "To run it:", f"vramplan train {written or 'plan.json'} --data FILE")
@@ -103,12 +103,20 @@ def candidate_table(screen: Console, candidates: Sequence[Candidate], plan: Plan
 
 
 def shown(candidates: Sequence[Candidate], plan: Plan) -> list[Candidate]:
-    """The first few in the search's order, the chosen one always among them."""
-    head = list(candidates[:SHOWN])
+    """The first few of the frontier in the search's order, the chosen one always among them."""
+    head = [candidate for candidate in candidates if not is_beaten(candidate, candidates)][:SHOWN]
     chosen = next((candidate for candidate in candidates if is_chosen(candidate, plan)), None)
     if chosen is not None and chosen not in head:
         head[-1] = chosen
     return head
+
+
+def is_beaten(candidate: Candidate, others: Sequence[Candidate]) -> bool:
+    """Whether another one is at least as fast and needs less: nobody would take this one."""
+    speed = candidate.tokens_per_s or 0
+    return candidate.verdict != "does_not_fit" and any(
+        (other.tokens_per_s or 0) >= speed and other.device_bytes < candidate.device_bytes for other in others
+    )
 
 
 def is_chosen(candidate: Candidate, plan: Plan) -> bool:
