@@ -22,9 +22,11 @@ from factories import make_gpu, make_ledger, make_measurement, make_plan, make_v
 import vramplan
 from vramplan.cli import BROKEN_PIPE, COMMANDS, INTERRUPTED, describe, root, run
 from vramplan.core.types import (
+    DataSpec,
     GpuProfile,
     GpuVerdict,
     Ledger,
+    Lengths,
     Levers,
     Measurement,
     ModelSpec,
@@ -79,6 +81,7 @@ class Rooms:
     predicted: Ledger | None = None
     objective: str = ""
     free: tuple[str, ...] = ()
+    lengths: Lengths | None = None
     chip: str | None = None
 
     def estimate(self, model: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None) -> Ledger:
@@ -100,8 +103,10 @@ class Rooms:
         objective: str = "speed",
         *,
         free: tuple[str, ...] = (),
+        lengths: Lengths | None = None,
     ) -> Plan:
-        self.run, self.objective, self.free = run, objective, free
+        if not run.packing:  # with data packing is priced too, to say what it would bring
+            self.run, self.objective, self.free, self.lengths = run, objective, free, lengths
         plan = make_plan(gpu=gpu, effective_batch_size=effective_batch_size)
         return self.plan or replace(plan, verdict=self.verdict, advice=("--seq-len 512 needs 3 GiB",))
 
@@ -369,6 +374,16 @@ def test_what_a_flag_settles_is_not_searched(cli: Cli, rooms: Rooms, flags: str,
         assert rooms.run.levers.checkpointing == "all"
 
 
+def test_fit_reads_the_data_it_plans_for(cli: Cli, rooms: Rooms, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Lengths(bars=((64, 9), (700, 1)), tokens=1000)
+    monkeypatch.setattr("vramplan.cli.runner.read_lengths", lambda run, width: rows)
+    assert cli(*FIT, "--gpu", "rtx-4090", "--data", data, "--group-by-length").code == 0
+    assert rooms.lengths == rows and rooms.run is not None and rooms.run.data is not None
+    assert (rooms.run.data.path, rooms.run.data.train_sampling_strategy) == (str(data), "group_by_length")
+    assert rooms.run.model_path == "meta-llama/Llama-2-7b-hf"
+    assert cli(*FIT, "--gpu", "rtx-4090", "--data", "nowhere.jsonl").code == 2
+
+
 def test_an_impossible_fit_advises_writes_nothing_and_exits_3(cli: Cli, rooms: Rooms, tmp_path: Path) -> None:
     rooms.verdict = "does_not_fit"
     result = cli(*FIT, "--gpu", "rtx-4090", "-o", tmp_path / "plan.json")
@@ -527,6 +542,19 @@ def test_train_takes_a_plan_but_no_flag_that_the_plan_has_settled(cli: Cli, room
     assert (spec.micro_batch_size, spec.accumulation, spec.schedule.max_steps) == (4, 4, 3)
     result = cli("train", "plan.json", "--data", "d.jsonl", "--batch-size", 2)
     assert result.code == 2 and result.error == "error: --batch-size is settled by plan.json"
+
+
+def test_train_takes_the_data_that_a_plan_was_made_for(cli: Cli, rooms: Rooms, data: Path) -> None:
+    from vramplan.sources.records import write_json
+
+    made = make_plan()
+    write_json(data.parent / "plan.json", replace(made, run=replace(made.run, data=DataSpec(path=str(data)))))
+    assert cli("train", "plan.json").code == 0
+    assert rooms.prepared is not None and rooms.prepared[1].data == DataSpec(path=str(data))
+    assert cli("train", "plan.json", "--eval-fraction", 0.1).code == 2  # of which data?
+    cli(*FIT, "--gpu", "rtx-4090", "-o", "plan.json")
+    result = cli("train", "plan.json")
+    assert result.code == 2 and "--data is missing" in result.error
 
 
 def test_train_resumes_from_the_folder_alone(cli: Cli, rooms: Rooms, data: Path) -> None:

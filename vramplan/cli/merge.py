@@ -115,7 +115,7 @@ def _run_of(folder: Path) -> RunSpec | None:
 
 def _base(named: str | None, source: Path, adapter: Path, run: RunSpec | None) -> str:
     """The base as a folder or a Hub id: as named, else what the adapter was trained on."""
-    from vramplan.cli.train import weights_of
+    from vramplan.cli.runner import weights_of
 
     if named:
         return weights_of(named) or named

@@ -10,8 +10,17 @@ import click
 
 from vramplan.cli import build, error_line
 from vramplan.cli.output import print_json
-from vramplan.core.types import Ledger, Plan, RunSpec
-from vramplan.errors import BAD_INPUT, DOES_NOT_FIT, ENDED_IN_OOM, OK, OUR_ERROR, MissingExtra, VramplanError
+from vramplan.core.types import Ledger, Lengths, Plan, RunSpec
+from vramplan.errors import (
+    BAD_INPUT,
+    DOES_NOT_FIT,
+    ENDED_IN_OOM,
+    OK,
+    OUR_ERROR,
+    InputError,
+    MissingExtra,
+    VramplanError,
+)
 
 EXTRA_MODULES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "safetensors")
 KNOWN_EXITS = (OK, OUR_ERROR, BAD_INPUT, DOES_NOT_FIT, ENDED_IN_OOM, 130)
@@ -88,6 +97,48 @@ def show_data(run_dir: Path, run: RunSpec, plan: Plan | None, *, as_json: bool, 
         click.echo(error_line(outcome.message or f"the training process ended with {code}", outcome.hint), err=True)
         build.note(f"log: {run_dir / 'log.txt'}")
     return code
+
+
+def weights_of(model: str) -> str | None:
+    """Where the weights of MODEL are: the Hub id of a built-in name, the folder of a path; None: MODEL itself."""
+    from vramplan.sources.profiles import model_profile
+
+    path = Path(model)
+    if path.exists():
+        return str((path if path.is_dir() else path.parent).resolve())
+    try:
+        return str(model_profile(model).get("hub_id") or model)
+    except InputError:  # no built-in name: a Hub id, which is where its weights are
+        return None
+
+
+def read_lengths(run: RunSpec, *, width: int | None) -> Lengths:
+    """How long the rows of the run's data are: the child reads them, in a folder that is gone afterwards.
+
+    VramplanError as the child ended, InputError for data that cannot be used.
+    """
+    from tempfile import TemporaryDirectory
+
+    from vramplan.launch import launch, prepare_run_dir
+    from vramplan.report.live import make_display
+
+    require_extra("vramplan fit --data")
+    seen: dict[str, Any] = {}
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event.get("event") == "data":
+            seen.update(event)
+        display.on_event(event)
+
+    with TemporaryDirectory(prefix="vramplan-") as folder:
+        run_dir = Path(folder) / "run"
+        prepare_run_dir(run_dir, run, None, resume=False)
+        with make_display(sys.stderr, 0, width=width) as display:
+            outcome = launch(run_dir, data_only=True, on_event=on_event)
+    if outcome.exit_code != OK or not seen.get("histogram"):
+        kind = InputError if outcome.exit_code == BAD_INPUT else VramplanError
+        raise kind(outcome.message or "the data could not be read", outcome.hint)
+    return Lengths(bars=tuple((int(tokens), int(rows)) for tokens, rows in seen["histogram"]), tokens=seen["tokens"])
 
 
 def print_launch(run_dir: Path, run: RunSpec, plan: Plan | None, *, machines: int, resume: bool, as_json: bool) -> int:

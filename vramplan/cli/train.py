@@ -76,7 +76,7 @@ def _what(ctx: click.Context, params: build.Params) -> tuple[Path, RunSpec, Plan
     if is_plan(model):
         _refuse(ctx, SHAPING, f"is settled by {model}")
         plan = records.read_json(model, Plan)
-        run = _with_data(plan.run, params)
+        run = _with_data(plan.run, params, settled=not build.given(ctx, DATA_FLAGS))
     else:
         plan, run = None, _with_data(build.run_spec(params, build.model_spec(params)), params)
     return folder or default_folder(run.model), run, plan
@@ -115,28 +115,16 @@ def is_plan(path: str) -> bool:
     return isinstance(data, dict) and "schema_version" in data
 
 
-def _with_data(run: RunSpec, params: build.Params) -> RunSpec:
+def _with_data(run: RunSpec, params: build.Params, *, settled: bool = False) -> RunSpec:
+    """settled: without a word about data, those that the plan was made for."""
     random = params["random_weights"]
     return replace(
         run,
-        model_path=params["model_path"] or run.model_path or (None if random else weights_of(run.model)),
+        model_path=params["model_path"] or run.model_path or (None if random else runner.weights_of(run.model)),
         random_weights=random,
-        data=build.data_spec(params),
+        data=run.data if settled and run.data is not None else build.data_spec(params),
         schedule=build.schedule(params),
     )
-
-
-def weights_of(model: str) -> str | None:
-    """Where the weights of MODEL are: the Hub id of a built-in name, the folder of a path; None: MODEL itself."""
-    from vramplan.sources.profiles import model_profile
-
-    path = Path(model)
-    if path.exists():
-        return str((path if path.is_dir() else path.parent).resolve())
-    try:
-        return str(model_profile(model).get("hub_id") or model)
-    except InputError:  # no built-in name: a Hub id, which is where its weights are
-        return None
 
 
 def default_folder(model: str) -> Path:

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 from . import resident
 from .ledger import MARGIN, estimate
+from .lengths import longest_run, real_share, usual_width
 from .parallel import nccl_bytes, shards
 from .replay import workspaces
 from .speed import host_bytes, tokens_per_s
 from .timeline import play
-from .types import Candidate, GpuProfile, GpuVerdict, Ledger, Levers, ModelSpec, Plan, RunSpec
+from .types import Candidate, GpuProfile, GpuVerdict, Ledger, Lengths, Levers, ModelSpec, Plan, RunSpec
 from .units import human
 from .unroll import Unrolled
 
@@ -37,8 +38,9 @@ class Quick:
     """Device bytes of variants of one run, without replaying the allocator: the sum of the live tensors at the
     highest point, the stated margin and the context. Kept by all of a run and a chip that costs memory."""
 
-    def __init__(self, model: ModelSpec) -> None:
-        self.model = model
+    def __init__(self, model: ModelSpec, lengths: Lengths | None = None) -> None:
+        """lengths: of the data, which then decide the speed."""
+        self.model, self.lengths = model, lengths
         self.known: dict[tuple[object, ...], tuple[int, Unrolled]] = {}
 
     def bytes(self, run: RunSpec, gpu: GpuProfile) -> int:
@@ -46,7 +48,12 @@ class Quick:
         return int(self._played(run, gpu)[0] * (1.01 + MARGIN[run.levers.allocator])) + outside
 
     def speed(self, run: RunSpec, gpu: GpuProfile) -> int | None:
-        return tokens_per_s(self.model, run, gpu, self._played(run, gpu)[1])
+        """Modelled tokens per second; padding is none of them."""
+        if self.lengths is None or run.packing:
+            return tokens_per_s(self.model, run, gpu, self._played(run, gpu)[1])
+        usual = replace(run, seq_len=usual_width(run, self.lengths))
+        speed = tokens_per_s(self.model, usual, gpu, self._played(usual, gpu)[1])
+        return None if speed is None else round(speed * real_share(run, self.lengths))
 
     def _played(self, run: RunSpec, gpu: GpuProfile) -> tuple[int, Unrolled]:
         chip = gpu.compute_capability[0] if run.micro_batch_size * run.seq_len > 1536 else (
@@ -124,16 +131,20 @@ def plan(
     objective: str = "speed",
     *,
     free: tuple[str, ...] = SEARCHED,
+    lengths: Lengths | None = None,
 ) -> Plan:
     """The best run of this model on this card with exactly this effective batch.
 
     Searches the micro-batches that divide the effective batch and the levers that `free` names; everything else stays
     as asked. `objective` "speed" takes the most tokens per second (modelled; the larger micro-batch and the less
     checkpointing where the card's rates are unknown), "memory" the fewest bytes, "context" the levers with the fewest
-    bytes and then the longest sequence that fits with them. What cannot fit is a Plan too, with verdict "does_not_fit"
-    and advice. Raises Unplannable.
+    bytes and then the longest sequence that fits with them. With `lengths`, those of the data, memory is that of the
+    longest batch, and speed that of the usual one, padding not counted. What cannot fit is a Plan too, with verdict
+    "does_not_fit" and advice. Raises Unplannable.
     """
-    quick = Quick(model)
+    quick = Quick(model, lengths)
+    if lengths is not None:
+        run = longest_run(run, lengths)
     candidates: list[tuple[Candidate, RunSpec]] = []
     for variant in settings_of(run, free):
         for micro in _micro_batches(quick, variant, gpu, effective_batch_size, objective):
@@ -149,7 +160,8 @@ def plan(
             tried = [exact if c is candidate else c for c, _ in ranked]
             if objective == "context":
                 return _longest(quick, ledger, settings_of(chosen, free), gpu, effective_batch_size, tried)
-            return _plan(ledger, gpu, effective_batch_size, verdict, tried, exact, objective)
+            made = _plan(ledger, gpu, effective_batch_size, verdict, tried, exact, objective)
+            return replace(made, lengths=lengths)
     smallest = min((pair for pair in candidates), key=lambda pair: pair[0].device_bytes)[1]
     return _impossible(quick, model, smallest, gpu, effective_batch_size, [c for c, _ in ranked])
 
@@ -168,14 +180,16 @@ def settings_of(run: RunSpec, free: tuple[str, ...]) -> list[RunSpec]:
 
 
 def _micro_batches(quick: Quick, run: RunSpec, gpu: GpuProfile, effective: int, objective: str) -> list[int]:
-    """For speed the largest divisor that fits and its smaller neighbour: by this model none below is faster."""
+    """For speed the largest divisor that fits and its smaller neighbour: by this model none below is faster. Where rows
+    differ in length it may be, for lack of padding."""
     options = divisors(effective)
     if objective != "speed":
         return options[:1]
     count = largest(
         lambda n: quick.bytes(_split(run, options[n - 1], effective), gpu) <= gpu.usable_bytes, len(options)
     )
-    return options[max(0, count - 2) : max(count, 1)]
+    least = 0 if quick.lengths is not None and not run.packing else max(0, count - 2)
+    return options[least : max(count, 1)]
 
 
 def _split(run: RunSpec, micro: int, effective: int) -> RunSpec:

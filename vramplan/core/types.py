@@ -454,6 +454,23 @@ class Candidate(Value):
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
+class Lengths(Value):
+    """How long the rows of a data set are. `bars` are (tokens, rows) pairs, ascending: so many rows of at most so many
+    tokens and more than the pair before. `tokens` are all of them."""
+
+    bars: tuple[tuple[int, int], ...]
+    tokens: int
+
+    @property
+    def rows(self) -> int:
+        return sum(count for _, count in self.bars)
+
+    @property
+    def longest(self) -> int:
+        return self.bars[-1][0]
+
+
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Plan(Value):
     """A run with everything chosen, and why. `micro_batch_size * accumulation` is the effective batch, exactly."""
 
@@ -468,6 +485,7 @@ class Plan(Value):
     candidates: tuple[Candidate, ...] = ()
     advice: tuple[str, ...] = ()  # when it does not fit: the smallest changes that would, nearest first
     verified: bool = False  # a probe on the real card ran it
+    lengths: Lengths | None = None  # of the data that it was made for
 
 
 # ------------------------------------------------------------------------------------------------ what happened

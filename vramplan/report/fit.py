@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vramplan.core.lengths import real_share
 from vramplan.core.types import Candidate, Levers, Plan
 from vramplan.core.units import GIB, human
 from vramplan.report import tables
@@ -23,6 +24,8 @@ def show_fit(stream: TextIO, plan: Plan, *, written: str | None = None, width: i
     tables.sentence(screen, headline(plan), plan.verdict)
     if plan.reason:
         screen.print(Text(plan.reason, style="dim"))
+    if plan.lengths is not None:
+        screen.print(Text(rows_text(plan), style="dim"))
     if plan.verdict == "does_not_fit":
         if plan.advice:
             screen.print()
@@ -39,7 +42,8 @@ def show_fit(stream: TextIO, plan: Plan, *, written: str | None = None, width: i
         more = f"; {left} more were priced, slower or no smaller" if left > 0 else ""
         screen.print(Text(f"~ tokens/s is modelled, not measured{more}", style="dim"))
     if plan.verdict != "does_not_fit":
-        tables.command(screen, "To run it:", f"vramplan train {written or 'plan.json'} --data FILE")
+        data = "" if plan.run.data is not None else " --data FILE"
+        tables.command(screen, "To run it:", f"vramplan train {written or 'plan.json'}{data}")
         if written is None:
             screen.print(Text("(-o plan.json writes the plan)", style="dim"))
 
@@ -52,6 +56,18 @@ def headline(plan: Plan) -> str:
     batch = f"{plan.run.micro_batch_size} x {plan.run.accumulation} = {plan.effective_batch_size}"
     start = f"{VERDICT_STARTS[plan.verdict]} {plan.gpu.key}"
     return f"{start}: batch {batch}, needs {human(need)}, {human(usable)} usable."
+
+
+def rows_text(plan: Plan) -> str:
+    """What of the data decided: the longest row the memory, padding the speed."""
+    lengths = plan.lengths
+    assert lengths is not None
+    text = (
+        f"{lengths.rows:,} rows of {lengths.tokens / lengths.rows:,.0f} tokens on average, {lengths.longest:,} at most"
+    )
+    if plan.run.packing:
+        return f"{text}, packed into rows of {plan.run.seq_len:,}"
+    return f"{text}: batches are {tables.percent(1 - real_share(plan.run, lengths))} padding, which tokens/s leave out"
 
 
 def choice_table(screen: Console, plan: Plan) -> Table:

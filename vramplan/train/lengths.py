@@ -16,6 +16,7 @@ from vramplan.train.ingest import Source
 from vramplan.train.store import Examples
 
 _SAMPLED = 100_000  # rows looked at to see what padding would cost
+MOST_BARS = 64  # of the histogram of lengths
 
 
 class LengthGrouped(Sampler):  # type: ignore[misc]
@@ -54,6 +55,19 @@ def percentile(ascending: Sequence[int], percent: int) -> int:
     return ascending[max(-(-len(ascending) * percent // 100), 1) - 1]
 
 
+def histogram(ascending: Sequence[int]) -> list[list[int]]:
+    """[tokens, rows], ascending: so many rows of at most so many tokens and more than the pair before."""
+    size = -(-len(ascending) // MOST_BARS)
+    bars: list[list[int]] = []
+    for start in range(0, len(ascending), size):
+        part = ascending[start : start + size]
+        if bars and bars[-1][0] == part[-1]:
+            bars[-1][1] += len(part)
+        else:
+            bars.append([part[-1], len(part)])
+    return bars
+
+
 def summary(run: RunSpec, sources: Sequence[Source], train: Examples, held_out: Examples | None) -> dict[str, Any]:
     """What became of the data, for the event `data`: counts of rows and tokens. Shares are of 1."""
     counts = {
@@ -73,6 +87,7 @@ def summary(run: RunSpec, sources: Sequence[Source], train: Examples, held_out: 
         "p50": percentile(ascending, 50),
         "p95": percentile(ascending, 95),
         "longest": ascending[-1],
+        "histogram": histogram(ascending),
         "seq_len": run.seq_len,
         "micro_batch_size": run.micro_batch_size,
         "sampling": run.data.train_sampling_strategy if run.data is not None else "random",
