@@ -21,6 +21,7 @@ from vramplan.sources import records  # noqa: E402
 from vramplan.sources.hf_config import load_model as load_spec  # noqa: E402
 from vramplan.train.audit import audit, read_prediction  # noqa: E402
 from vramplan.train.audit_causes import Loaded, float32_names  # noqa: E402
+from vramplan.train.fast.install import uninstalled  # noqa: E402
 from vramplan.train.load import load_model  # noqa: E402
 from vramplan.train.lora import add_lora, fuse, prepare  # noqa: E402
 
@@ -51,12 +52,12 @@ def found(
     load(model)
     wide = float32_names(model)
     model = add_lora(prepare(model, run.levers, CPU, print), run.lora)
-    fuse(model, run.levers, CPU, print)
-    other = after(model)
-    if other is not None:
-        model = other
-        fuse(model, run.levers, CPU, print)
-    return audit(Loaded(model, run, CPU, ledger, wide))
+    with uninstalled(fuse(model, run.levers, CPU, print)):
+        other = after(model)
+        if other is None:
+            return audit(Loaded(model, run, CPU, ledger, wide))
+    with uninstalled(fuse(other, run.levers, CPU, print)):
+        return audit(Loaded(other, run, CPU, ledger, wide))
 
 
 def causes(event: dict[str, Any]) -> dict[int | None, dict[str, Any]]:

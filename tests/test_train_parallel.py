@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -193,12 +195,14 @@ def test_a_rank_beyond_the_cards_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_lock_of_the_launcher_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "lock").write_text("1\n")  # a process that lives, and is neither this one nor its parent
-    with pytest.raises(InputError, match="in use by process 1"), Lock(tmp_path):
-        pass
-    monkeypatch.setenv("VRAMPLAN_LAUNCHER", "1")
-    with Lock(tmp_path):
-        assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:  # neither us nor a parent
+        (tmp_path / "lock").write_text(f"{other.pid}\n")
+        with pytest.raises(InputError, match=f"in use by process {other.pid}"), Lock(tmp_path):
+            pass
+        monkeypatch.setenv("VRAMPLAN_LAUNCHER", str(other.pid))
+        with Lock(tmp_path):
+            assert (tmp_path / "lock").read_text() == f"{os.getpid()}\n"
+        other.communicate(b"\n")
 
 
 # ----------------------------------------------------------------------------------------------------- the endings
