@@ -1,9 +1,10 @@
-"""What holds for every test: transformers' own functions are its own again when a module of tests is done."""
+"""What many tests share, and what holds for all: transformers' functions are its own when a module of tests is done."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -20,3 +21,30 @@ def _transformers_is_left_as_it_was() -> Iterator[None]:
         if function is not None and not function.__module__.startswith("transformers.")
     ]
     assert replaced == []
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices this small only wait for each other's threads, and on a busy machine for long."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def _trained() -> Any:
+    from vramplan.train import tiny
+
+    return tiny.make_tokenizer(tiny.paragraphs()[:60])
+
+
+@pytest.fixture
+def tokenizer(_trained: Any) -> Any:
+    """Trained on a novel, with the chat template of the tiny model."""
+    from vramplan.train import tiny
+
+    _trained.chat_template = tiny.CHAT_TEMPLATE
+    return _trained

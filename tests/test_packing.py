@@ -20,23 +20,12 @@ from test_train_data import CHAT, learned_text, read, run_spec, write_jsonl
 from vramplan.core.types import RunSpec
 from vramplan.core.varlen import documents, documents_per_row
 from vramplan.errors import InputError
-from vramplan.train import cache, tiny
+from vramplan.train import cache
 from vramplan.train.collate import of_one_shape
 from vramplan.train.data import CACHE, SKIPPED, Collator, Splits, build
 from vramplan.train.lengths import LengthGrouped, padding_share, percentile
 from vramplan.train.packing import Packing, pack
 from vramplan.train.samples import sample_rows
-
-
-@pytest.fixture(scope="module")
-def trained() -> Any:
-    return tiny.make_tokenizer(tiny.paragraphs()[:60])
-
-
-@pytest.fixture
-def tokenizer(trained: Any) -> Any:
-    trained.chat_template = tiny.CHAT_TEMPLATE
-    return trained
 
 
 def built(path: Path, tokenizer: Any, told: list[Any] | None = None, **changes: Any) -> Splits:

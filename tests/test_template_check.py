@@ -46,17 +46,6 @@ MARKED = tiny.CHAT_TEMPLATE
 SYSTEM = {"role": "system", "content": "Answer as briefly as you can."}
 
 
-@pytest.fixture(scope="module")
-def trained() -> Any:
-    return tiny.make_tokenizer(tiny.paragraphs()[:60])
-
-
-@pytest.fixture
-def tokenizer(trained: Any) -> Any:
-    trained.chat_template = tiny.CHAT_TEMPLATE
-    return trained
-
-
 def learn(path: Path, tokenizer: Any, template: str, talk: list[dict[str, Any]], **changes: Any) -> tuple[str, str]:
     """(what is learned of a conversation, the warnings)."""
     told: list[dict[str, Any]] = []

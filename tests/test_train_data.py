@@ -39,17 +39,6 @@ REWRITING_TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="module")
-def trained() -> Any:
-    return tiny.make_tokenizer(tiny.paragraphs()[:60])
-
-
-@pytest.fixture
-def tokenizer(trained: Any) -> Any:
-    trained.chat_template = tiny.CHAT_TEMPLATE
-    return trained
-
-
 @pytest.fixture
 def told() -> list[dict[str, Any]]:
     return []

@@ -53,17 +53,6 @@ SAME: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def trained() -> Any:
-    return tiny.make_tokenizer(tiny.paragraphs()[:60])
-
-
-@pytest.fixture
-def tokenizer(trained: Any) -> Any:
-    trained.chat_template = tiny.CHAT_TEMPLATE
-    return trained
-
-
 @pytest.mark.parametrize(("kind", "row"), SAME)
 def test_rows_that_say_the_same_are_the_same_messages(kind: str, row: dict[str, Any]) -> None:
     assert detect_kind(row, DataSpec(path="x"), "x") == kind
