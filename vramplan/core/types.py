@@ -473,6 +473,44 @@ class GpuVerdict(Value):
     tokens_per_s: int | None = None  # modelled
 
 
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
+class Segment(Value):
+    """A stretch of a card's memory. `key`: driver | others | context | resident | activations | headroom | free."""
+
+    key: str
+    label: str
+    bytes: int
+    basis: str = "exact"
+
+
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
+class Remedy(Value):
+    """Something to close on the card, or to change in the run. `verdict` is the run's on this card afterwards."""
+
+    kind: str  # close | change | both
+    title: str
+    frees_bytes: int
+    verdict: str
+    changes_training: bool = False
+    command: str = ""  # that carries a change out
+
+
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
+class CardCheck(Value):
+    """A live card as it is now and, where a run was held against it, what would fill it.
+
+    The segments add up to the card's total and `missing_bytes`. `notes` are sentences about the card.
+    """
+
+    card: GpuProfile
+    segments: tuple[Segment, ...]
+    missing_bytes: int = 0
+    notes: tuple[str, ...] = ()
+    ledger: Ledger | None = None
+    judged: GpuVerdict | None = None
+    remedies: tuple[Remedy, ...] = ()
+
+
 # ------------------------------------------------------------------------------------------------------- the plan
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Candidate(Value):

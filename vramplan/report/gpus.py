@@ -56,9 +56,8 @@ def card_table(screen: Console, cards: Sequence[GpuProfile]) -> tuple[Table, int
 
 
 def card_line(card: GpuProfile) -> str:
-    """One card on one line: what is usable, and what others hold."""
-    others = f", {human(card.used_by_others_bytes)} used by others" if card.used_by_others_bytes else ""
-    return f"{card.name}: {human(card.usable_bytes)} usable of {human(card.total_bytes)}{others}"
+    """One card on one line: how much of it is usable."""
+    return f"{card.name}: {human(card.usable_bytes)} usable of {human(card.total_bytes)}"
 
 
 def _rate(rate: int | None, unit: int) -> str:
