@@ -1,4 +1,4 @@
-"""`check` on the machines of `fake_nvml`: the bar adds up and reads without colour, what to close or
+"""`check` and `gpus --save` on the machines of `fake_nvml`: the bar adds up and reads without colour, what to close or
 change would do, and every way in which a card cannot be read is one line with the documented exit code.
 
 The files golden/check_*.txt are what people see. After a wanted change: VRAMPLAN_UPDATE_GOLDEN=1 pytest this file.
@@ -463,7 +463,7 @@ FAILURES: dict[str, tuple[dict[str, Any], str]] = {  # calls that fail on a mach
 COMMANDS = (
     ("check",), ("check", "llama-2-7b"), ("estimate", "llama-2-7b", "--gpu", "live"),
     ("fit", "llama-2-7b", "--effective-batch-size", "4"), ("fit", "llama-2-7b", "--effective-batch-size", "4",
-     "--gpu", "live"),
+     "--gpu", "live"), ("gpus", "--save", "card"),
 )  # fmt: skip
 
 
@@ -519,3 +519,59 @@ def test_cuda_visible_devices_counts_everywhere(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     code, _, err = cli("check")
     assert code == 1 and "CUDA_VISIBLE_DEVICES='' hides every GPU (unset it)" in err
+
+
+# ------------------------------------------------------------------------------------------------------ gpus --save
+@pytest.mark.parametrize("name", ["desk", "desk.toml"])
+def test_a_saved_card_plans_like_the_idle_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cli: Cli, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fake_nvml.install(monkeypatch, fake_nvml.busy())
+    code, out, err = cli("gpus", "--save", name)
+    assert (code, err) == (0, "")
+    assert "11.64 GiB usable of 12.00 GiB" in out and "--gpu desk.toml" in out
+    assert [file.name for file in tmp_path.iterdir()] == ["desk.toml"]
+    fake_nvml.install(
+        monkeypatch, FakeNvml(card(**{**fake_nvml.busy().cards[0], "used": 0, "compute": (), "graphics": ()}))
+    )
+    by_file = json.loads(cli("estimate", "llama-2-7b", "--gpu", "desk.toml", "--json")[1])
+    by_card = json.loads(cli("estimate", "llama-2-7b", "--gpu", "live", "--json")[1])
+    assert by_file["gpus"][0] == {**by_card["gpus"][0], "gpu": "desk"}
+    assert {**by_file, "gpus": 0} == {**by_card, "gpus": 0}
+
+
+def test_saving_replaces_nothing_unless_forced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cli: Cli) -> None:
+    monkeypatch.chdir(tmp_path)
+    fake_nvml.install(monkeypatch, fake_nvml.two_cards())
+    (tmp_path / "mine.toml").write_text("completed by hand")
+    code, out, err = cli("gpus", "--save", "mine")
+    assert (code, out) == (2, "") and "--save mine.toml exists already" in err and "--force" in err
+    assert (tmp_path / "mine.toml").read_text() == "completed by hand"
+    code, out, _ = cli("gpus", "--save", "mine", "--force", "--gpu-index", 1, "--json")
+    data = json.loads(out)
+    assert (code, data["saved"], data["card"]["key"], data["card"]["source"]) == (0, "mine.toml", "mine", "file")
+    assert profiles.load_gpu("mine.toml").name == data["card"]["name"] == "NVIDIA GeForce RTX 4090"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(("--force",), "--force is about saving"), (("--gpu-index", "1"), "--gpu-index is about saving"),
+     (("--save", "no/such/folder"), "cannot write no/such/folder.toml"), (("--save", ""), "--save '' names no file"),
+     (("--save", "x", "--gpu-index", "7"), "no GPU with index 7")],
+)  # fmt: skip
+def test_saving_that_cannot_be(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cli: Cli, words: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fake_nvml.install(monkeypatch, fake_nvml.two_cards())
+    code, out, err = cli("gpus", *words)
+    assert (code, out) == (2, "") and said in err and len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gpus_says_where_the_order_is_open(monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
+    fake_nvml.install(monkeypatch, fake_nvml.two_cards())
+    assert "CUDA may count these in another order" in cli("gpus")[1]
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    assert "CUDA may count these in another order" not in cli("gpus")[1]

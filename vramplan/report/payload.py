@@ -47,6 +47,11 @@ def gpus_payload(stored: Sequence[GpuProfile], live: Sequence[GpuProfile]) -> Pa
     }
 
 
+def saved_payload(card: GpuProfile, path: str) -> Payload:
+    """The payload of `gpus --save --json`: the card as it was written, and where."""
+    return {"schema_version": SCHEMA_VERSION, "saved": path, "card": asdict(card)}
+
+
 def models_payload(rows: Sequence[tuple[str, ModelSpec, int, str]]) -> Payload:
     """The payload of `models --json`, from (name, spec, parameters, Hub id)."""
     models = [
