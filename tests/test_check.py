@@ -25,11 +25,11 @@ from hypothesis import strategies as st
 
 from vramplan.cli import run as run_cli
 from vramplan.core import occupancy
-from vramplan.core.check import check, remedies
+from vramplan.core.check import _both, check, remedies
 from vramplan.core.ledger import estimate
 from vramplan.core.plan import judge
 from vramplan.core.recipes import RECIPES
-from vramplan.core.types import CardCheck, GpuProcess, GpuProfile, GpuState, Ledger, Line, Peak, Remedy, Resident
+from vramplan.core.types import CardCheck, Fix, GpuProcess, GpuProfile, GpuState, Ledger, Line, Peak, Remedy, Resident
 from vramplan.core.units import GIB
 from vramplan.report import card_bar
 from vramplan.report.check import show_check, state_line
@@ -368,6 +368,20 @@ def test_what_is_said_to_fit_does(batch: int) -> None:
     assert verdicts == {"fits"} or any(remedy.kind == "both" for remedy in found)
 
 
+def test_both_together_takes_the_first_change_that_then_fits() -> None:
+    card = short_of(GIB, user(1, GIB))
+    closed = Remedy(kind="close", title="close a", frees_bytes=GIB, verdict="does_not_fit")
+    room = card.usable_bytes + GIB
+    fixes = tuple(
+        Fix(title=title, run=make_run(), device_bytes=room + over, saves_bytes=saved, fits=False, command=title)
+        for title, over, saved in (("little", MIB, MIB), ("enough", 0, 2 * MIB), ("more", -GIB, GIB))
+    )
+    found = _both(closed, fixes, card)
+    assert (found.kind, found.title, found.verdict) == ("both", "close a, and enough", "fits")
+    assert (found.frees_bytes, found.command) == (GIB + 2 * MIB, "enough")
+    assert _both(closed, fixes[:1], card).verdict == "does_not_fit"
+
+
 def test_offloading_is_among_the_changes() -> None:
     card = short_of(64 * MIB)
     titles = [remedy.title for remedy in remedies(card, estimate(MODEL, make_run(), card))]
@@ -388,7 +402,9 @@ def test_a_tight_run_needs_nothing_changed() -> None:
     assert cached > 8 * MIB
     usable = ledger.peak.device_bytes + cached // 2
     holder = GpuProcess(pid=1, name="a", used_bytes=GIB)
-    card = replace(CARD, processes=(holder,), usable_bytes=usable, total_bytes=usable + GIB, reserved_bytes=0)
+    small = GpuProcess(pid=2, name="b", used_bytes=cached // 4)  # not enough to be roomy
+    total = usable + GIB + cached // 4
+    card = replace(CARD, processes=(holder, small), usable_bytes=usable, total_bytes=total, reserved_bytes=0)
     assert judge(ledger, card) == "tight"
     (found,) = remedies(card, ledger)
     assert (found.kind, found.title, found.verdict) == ("close", "close a (pid 1)", "fits")

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from vramplan.core.occupancy import link, power
-from vramplan.core.types import CardCheck, GpuProfile
+from vramplan.core.types import CardCheck, GpuProfile, GpuState
 from vramplan.core.units import human
 from vramplan.report import card_bar, tables
 from vramplan.report.diagnose import listing
@@ -52,13 +52,21 @@ def state_line(card: GpuProfile) -> str:
         parts += [
             f"CUDA {state.cuda}" if state.cuda else "",
             "compute {}.{}".format(*card.compute_capability),
-            f"MIG {state.mig_profile}" if state.mig_profile else "",
+            _instance(state),
             f"PCIe {most or now}{f' (now {now})' if now and most and now != most else ''}" if most or now else "",
             {True: "ECC on", False: "ECC off", None: ""}[state.ecc],
             power(state),
             "" if state.busy_percent is None else f"{state.busy_percent}% busy",
         ]
     return ", ".join(part for part in parts if part) or "the driver says nothing else of it"
+
+
+def _instance(state: GpuState) -> str:
+    """ "MIG 1g.10gb, instance 3", or "" for a whole card."""
+    if state.mig_uuid is None:
+        return ""
+    which = "" if state.mig_instance is None else f"instance {state.mig_instance}"
+    return "MIG " + ", ".join(part for part in (state.mig_profile, which) if part)
 
 
 def _show_remedies(screen: Console, found: CardCheck) -> None:
