@@ -21,7 +21,9 @@ from factories import make_gpu, make_ledger, make_measurement, make_plan, make_v
 
 import vramplan
 from vramplan.cli import BROKEN_PIPE, COMMANDS, INTERRUPTED, describe, root, run
+from vramplan.core.occupancy import segments
 from vramplan.core.types import (
+    CardCheck,
     DataSpec,
     GpuProfile,
     GpuVerdict,
@@ -94,6 +96,13 @@ class Rooms:
     def judge(self, ledger: Ledger, gpu: GpuProfile) -> str:
         return self.verdict
 
+    def check(self, card: GpuProfile, model: ModelSpec | None = None, run: RunSpec | None = None) -> CardCheck:
+        if model is None or run is None:
+            return CardCheck(card=card, segments=segments(card))
+        ledger = self.estimate(model, run, card)
+        judged = self.capacity(model, run, card)
+        return CardCheck(card=card, segments=segments(card, ledger), ledger=ledger, judged=judged)
+
     def make_plan(
         self,
         model: ModelSpec,
@@ -140,6 +149,7 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> Rooms:
     stand_in = Rooms()
     modules: dict[str, dict[str, Any]] = {
         "vramplan.core.ledger": {"estimate": stand_in.estimate},
+        "vramplan.core.check": {"check": stand_in.check},
         "vramplan.core.plan": {
             "capacity": stand_in.capacity, "judge": stand_in.judge, "plan": stand_in.make_plan,
         },
@@ -339,6 +349,7 @@ def test_check_judges_the_live_card(cli: Cli, rooms: Rooms) -> None:
     result = cli("check", "llama-2-7b", "--json")
     assert result.code == 3
     assert json.loads(result.out)["verdict"] == "does_not_fit"
+    assert result.err == "warning: a warning\n"
 
 
 FIT = ("fit", "llama-2-7b", "--effective-batch-size", 16)
@@ -395,7 +406,7 @@ def test_an_impossible_fit_advises_writes_nothing_and_exits_3(cli: Cli, rooms: R
 def test_fit_without_a_card_says_how_to_name_one(cli: Cli, rooms: Rooms) -> None:
     result = cli(*FIT)
     assert result.code == 1
-    assert result.error == ("error: no NVIDIA GPU here (--gpu NAME plans for a stored card; vramplan gpus lists them)")
+    assert result.error == "error: no NVIDIA GPU here (hint of nvml)"
 
 
 def test_gpus_and_models(cli: Cli, rooms: Rooms) -> None:

@@ -2,147 +2,41 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import fake_nvml
 import pytest
+from fake_nvml import MIB, FakeNvml, card, fail, process, split_a100
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vramplan.core.types import GpuState
 from vramplan.errors import InputError, VramplanError
-from vramplan.sources import gpu, profiles
+from vramplan.sources import gpu, gpu_file, nvml_processes, profiles, records
 
-MIB = 2**20
-V2 = 0x02000028
-ERRORS = {
-    "UNINITIALIZED": 1,
-    "NOT_SUPPORTED": 3,
-    "NO_PERMISSION": 4,
-    "NOT_FOUND": 6,
-    "DRIVER_NOT_LOADED": 9,
-    "LIBRARY_NOT_FOUND": 12,
-    "FUNCTION_NOT_FOUND": 13,
-    "GPU_IS_LOST": 15,
-    "LIB_RM_VERSION_MISMATCH": 18,
-    "GPU_NOT_FOUND": 28,
-    "UNKNOWN": 999,
-}
-
-
-class NVMLError(Exception):
-    def __init__(self, value: int) -> None:
-        super().__init__(f"NVML error {value}")
-        self.value = value
-
-
-def fail(name: str) -> Callable[..., Any]:
-    def call(*_: Any) -> Any:
-        raise NVMLError(ERRORS[name])
-
-    return call
-
-
-def process(pid: int, size: int | None) -> SimpleNamespace:
-    return SimpleNamespace(pid=pid, usedGpuMemory=size)
-
-
-class FakeNvml(ModuleType):
-    """A machine with cards; every handle is a dict. Tests replace single calls."""
-
-    NVMLError = NVMLError
-    nvmlMemory_v2 = V2
-
-    def __init__(self, *cards: dict[str, Any]) -> None:
-        super().__init__("pynvml")
-        self.cards = [{**card(), **given, "uuid": f"GPU-{index}a{index}b"} for index, given in enumerate(cards)]
-        self.opened = self.closed = 0
-        for name, value in ERRORS.items():
-            setattr(self, f"NVML_ERROR_{name}", value)
-
-    def nvmlInit(self) -> None:
-        self.opened += 1
-
-    def nvmlShutdown(self) -> None:
-        self.closed += 1
-
-    def nvmlDeviceGetCount(self) -> int:
-        return len(self.cards)
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> dict[str, Any]:
-        return self.cards[index]
-
-    def nvmlDeviceGetUUID(self, handle: dict[str, Any]) -> str:
-        return str(handle["uuid"])
-
-    def nvmlDeviceGetName(self, handle: dict[str, Any]) -> str | bytes:
-        name: str | bytes = handle["name"]
-        return name
-
-    def nvmlDeviceGetMemoryInfo(self, handle: dict[str, Any], version: int | None = None) -> SimpleNamespace:
-        total, used, reserved = (handle[key] * MIB for key in ("total", "used", "reserved"))
-        free = total - used - reserved
-        if version == V2:
-            return SimpleNamespace(total=total, used=used, reserved=reserved, free=free)
-        return SimpleNamespace(total=total, used=used + reserved, free=free)
-
-    def nvmlDeviceGetComputeRunningProcesses(self, handle: dict[str, Any]) -> list[SimpleNamespace]:
-        return list(handle["compute"])
-
-    def nvmlDeviceGetGraphicsRunningProcesses(self, handle: dict[str, Any]) -> list[SimpleNamespace]:
-        return list(handle["graphics"])
-
-    def nvmlSystemGetProcessName(self, pid: int) -> str:
-        return f"/usr/bin/program-{pid}"
-
-    def nvmlDeviceGetCudaComputeCapability(self, handle: dict[str, Any]) -> tuple[int, int]:
-        major, minor = handle["capability"]
-        return major, minor
-
-    def nvmlDeviceGetMaxPcieLinkGeneration(self, handle: dict[str, Any]) -> int:
-        return int(handle["pcie"][0])
-
-    def nvmlDeviceGetMaxPcieLinkWidth(self, handle: dict[str, Any]) -> int:
-        return int(handle["pcie"][1])
-
-    def nvmlSystemGetDriverVersion(self) -> str:
-        return "580.95.05"
-
-
-def card(**changes: Any) -> dict[str, Any]:
-    """An idle RTX 4090, sizes in MiB."""
-    idle = {
-        "name": "NVIDIA GeForce RTX 4090",
-        "total": 24564,
-        "used": 0,
-        "reserved": 400,
-        "compute": (),
-        "graphics": (),
-        "capability": (8, 9),
-        "pcie": (4, 16),
-    }
-    return {**idle, **changes}
+Machine = Callable[..., FakeNvml]
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeNvml]:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Installs a machine with these cards; calls may be replaced by name."""
 
-    def install(*cards: dict[str, Any], **calls: Any) -> FakeNvml:
-        fake = FakeNvml(*cards)
+    def make(*cards: fake_nvml.Handle, **calls: Any) -> FakeNvml:
+        fake = fake_nvml.install(monkeypatch, FakeNvml(*cards))
         for name, call in calls.items():
             setattr(fake, name, call)
-        monkeypatch.setitem(sys.modules, "pynvml", fake)
         return fake
 
-    return install
+    return make
 
 
 # ------------------------------------------------------------------------------------------------ a good machine
-def test_idle_card(machine: Callable[..., FakeNvml]) -> None:
+def test_idle_card(machine: Machine) -> None:
     fake = machine(card())
     found = gpu.live_gpu(0)
     stored = profiles.load_gpu("rtx-4090")
@@ -158,7 +52,7 @@ def test_idle_card(machine: Callable[..., FakeNvml]) -> None:
     assert (fake.opened, fake.closed) == (1, 1)
 
 
-def test_busy_card_counts_what_is_free_not_total_less_used(machine: Callable[..., FakeNvml]) -> None:
+def test_busy_card_counts_what_is_free_not_total_less_used(machine: Machine) -> None:
     users = {"compute": [process(7, 900 * MIB), process(8, 2000 * MIB)], "graphics": [process(7, 900 * MIB)]}
     machine(card(used=3000, **users))
     found = gpu.live_gpu()
@@ -170,44 +64,35 @@ def test_busy_card_counts_what_is_free_not_total_less_used(machine: Callable[...
     ]
 
 
-def test_own_process_is_not_another_user(machine: Callable[..., FakeNvml], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_process_is_not_another_user(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(card(used=500, compute=[process(4242, 500 * MIB), process(5, None)]))
-    monkeypatch.setattr(gpu.os, "getpid", lambda: 4242)
+    monkeypatch.setattr(os, "getpid", lambda: 4242)
     assert [p.pid for p in gpu.live_gpu().processes] == [5]
 
 
-def test_card_without_a_stored_profile(machine: Callable[..., FakeNvml]) -> None:
+def test_card_without_a_stored_profile(machine: Machine) -> None:
     machine(card(name=b"NVIDIA Future 9000", total=65536, capability=(13, 0), pcie=(7, 16)))
     found = gpu.live_gpu()
-    assert (found.key, found.name, found.compute_capability) == ("future9000", "NVIDIA Future 9000", (13, 0))
+    assert (found.key, found.name, found.compute_capability) == ("future-9000", "NVIDIA Future 9000", (13, 0))
     assert (found.sm_count, found.bf16_flops_per_s, found.pcie_bytes_per_s) == (None, None, None)
     assert (found.context_bytes, found.context_basis) == (758 * MIB, "modelled")
 
 
-def test_the_variant_is_chosen_by_size(machine: Callable[..., FakeNvml]) -> None:
+def test_the_variant_is_chosen_by_size(machine: Machine) -> None:
     machine(card(name="NVIDIA GeForce RTX 4060 Ti", total=8188), card(name="NVIDIA GeForce RTX 4060 Ti", total=16380))
     assert [found.key for found in gpu.live_gpus()] == ["rtx-4060-ti-8gb", "rtx-4060-ti-16gb"]
 
 
 # ----------------------------------------------------------------------------------------- older, stranger drivers
-def only_v1(fake: FakeNvml, how: str) -> None:
-    original = fake.nvmlDeviceGetMemoryInfo
-
-    def call(handle: dict[str, Any], version: int | None = None) -> SimpleNamespace:
-        if version is not None:
-            fail("FUNCTION_NOT_FOUND")()
-        return original(handle)
-
-    def without_argument(handle: dict[str, Any]) -> SimpleNamespace:
-        return original(handle)
-
-    fake.nvmlDeviceGetMemoryInfo = call if how == "driver" else without_argument  # type: ignore[method-assign]
-
-
 @pytest.mark.parametrize("how", ["driver", "library"])
-def test_version_1_of_the_memory_call(machine: Callable[..., FakeNvml], how: str) -> None:
+def test_version_1_of_the_memory_call(machine: Machine, how: str) -> None:
     fake = machine(card(used=1000, compute=[process(7, 600 * MIB)]))
-    only_v1(fake, how)
+    original = fake.nvmlDeviceGetMemoryInfo
+    old: dict[str, Callable[..., Any]] = {  # no such function in the driver, no such argument in the library
+        "driver": lambda handle, version=None: original(handle) if version is None else fail("FUNCTION_NOT_FOUND")(),
+        "library": lambda handle: original(handle),
+    }
+    fake.nvmlDeviceGetMemoryInfo = old[how]  # type: ignore[method-assign]
     found = gpu.live_gpu()
     assert (found.usable_bytes, found.reserved_bytes) == ((24564 - 400 - 1000) * MIB, None)
     assert found.used_by_others_bytes == 600 * MIB  # what v1 calls used holds the driver's share
@@ -215,7 +100,117 @@ def test_version_1_of_the_memory_call(machine: Callable[..., FakeNvml], how: str
         assert nvml.used_bytes(0) is None
 
 
-def test_wsl_sizes_are_unknown_not_enormous(machine: Callable[..., FakeNvml]) -> None:
+def test_an_old_driver_is_asked_by_its_older_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_nvml.install(monkeypatch, fake_nvml.old_driver())
+    found = gpu.live_gpu()
+    assert (found.reserved_bytes, found.used_by_others_bytes) == (None, 600 * MIB)
+    assert [(process.pid, process.used_bytes) for process in found.processes] == [(7, 600 * MIB)]
+    assert found.state is not None
+    assert (found.state.cuda, found.state.throttled_by, found.state.ecc) == ("11.4", (), True)
+
+
+# --------------------------------------------------------------------------------------------------------- state
+def test_the_state_of_an_idle_card(machine: Machine) -> None:
+    machine(card())
+    assert gpu.live_gpu().state == GpuState(
+        cuda="13.0", pcie_generation=1, pcie_width=16, pcie_max_generation=4, pcie_max_width=16, ecc=False,
+        display_attached=False, display_active=False, power_watts=23, power_limit_watts=450, clock_mhz=210,
+        max_clock_mhz=3105, throttled_by=(), busy_percent=0,
+    )  # fmt: skip
+
+
+def test_a_throttled_laptop(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_nvml.install(monkeypatch, fake_nvml.throttled_laptop())
+    state = gpu.live_gpu().state
+    assert state is not None
+    assert state.throttled_by == ("power cap", "heat")
+    assert (state.power_watts, state.power_limit_watts) == (45, None)
+    assert (state.display_attached, state.display_active) == (False, True)
+    assert gpu.live_gpu().processes[0].graphics
+
+
+@pytest.mark.parametrize(
+    ("bits", "reasons"),
+    [(0, ()), (0x1, ()), (0x2 | 0x10 | 0x100, ()), (0x8, ("hardware slowdown",)), (0x40, ("heat",)),
+     (0x80 | 0x4, ("power cap", "power brake"))],
+)  # fmt: skip
+def test_what_counts_as_throttling(machine: Machine, bits: int, reasons: tuple[str, ...]) -> None:
+    machine(card(reasons=bits))
+    state = gpu.live_gpu().state
+    assert state is not None and state.throttled_by == reasons
+
+
+def test_nonsense_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_nvml.install(monkeypatch, fake_nvml.wsl())
+    found = gpu.live_gpu()
+    assert found.driver is None
+    assert found.state == GpuState()
+    assert found.pcie_bytes_per_s == profiles.load_gpu("rtx-4090").pcie_bytes_per_s
+    assert [(process.pid, process.name, process.used_bytes) for process in found.processes] == [
+        (pid, None, None) for pid in (1, 2, 3, 4, 5)
+    ]
+    assert found.used_by_others_bytes == 3100 * MIB  # that much is known all the same
+
+
+def test_sizes_that_are_more_than_all_that_is_used_are_unknown(machine: Machine) -> None:
+    machine(card(used=1000, compute=[process(7, 900 * MIB), process(8, 800 * MIB)]))
+    assert [process.used_bytes for process in gpu.live_gpu().processes] == [None, None]
+
+
+def test_a_process_that_ends_between_two_questions_does_no_harm(machine: Machine) -> None:
+    fake = machine(card(used=0, compute=[process(7, 900 * MIB)]))
+    original = fake.nvmlDeviceGetMemoryInfo
+
+    def memory(handle: Any, version: int | None = None) -> Any:
+        info = original(handle, version)
+        handle["used"] = 900
+        return info
+
+    fake.nvmlDeviceGetMemoryInfo = memory  # type: ignore[method-assign]
+    found = gpu.live_gpu()
+    assert (found.used_by_others_bytes, found.processes[0].used_bytes) == (900 * MIB, 900 * MIB)
+
+
+def test_processes_without_a_number_are_kept_where_they_have_a_size(machine: Machine) -> None:
+    machine(card(used=900, compute=[process(0, 500 * MIB), process(0, 300 * MIB), process(0, None)]))
+    assert [(found.pid, found.used_bytes) for found in gpu.live_gpu().processes] == [
+        (None, 500 * MIB),
+        (None, 300 * MIB),
+    ]
+
+
+def test_clients_of_mps_are_processes(machine: Machine) -> None:
+    machine(card(used=900, mps=[process(31, 500 * MIB)]))
+    assert [found.pid for found in gpu.live_gpu().processes] == [31]
+
+
+def make_proc(folder: Path, namespace: int, maps: dict[int, str]) -> str:
+    (folder / "self" / "ns").mkdir(parents=True)
+    (folder / "self" / "ns" / "pid").symlink_to(f"pid:[{namespace}]")
+    for pid, text in maps.items():
+        (folder / str(pid)).mkdir()
+        (folder / str(pid) / "maps").write_text(text)
+    return str(folder)
+
+
+def test_the_hosts_numbers_mean_nothing_in_a_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_nvml.install(monkeypatch, fake_nvml.container())
+    proc = make_proc(tmp_path / "c", 4026532999, {17: "7f00 r-xp /usr/bin/bash\n"})  # another 17, and not on the card
+    monkeypatch.setattr(nvml_processes, "PROC", proc)
+    found = [(process.pid, process.name, process.used_bytes) for process in gpu.live_gpu().processes]
+    assert found == [(None, None, 30000 * MIB), (None, None, 11000 * MIB)]
+
+
+def test_processes_of_ones_own_namespace_keep_their_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_nvml.install(monkeypatch, fake_nvml.container())
+    inside = make_proc(tmp_path / "c", 4026532999, {17: "7f00 r-xp /usr/lib/libcuda.so.580.95.05\n"})
+    monkeypatch.setattr(nvml_processes, "PROC", inside)
+    assert [(p.pid, p.name) for p in gpu.live_gpu().processes] == [(None, None), (17, "someone-else")]
+    monkeypatch.setattr(nvml_processes, "PROC", make_proc(tmp_path / "h", 4026531836, {}))
+    assert [p.pid for p in gpu.live_gpu().processes] == [2954422, 17]
+
+
+def test_wsl_sizes_are_unknown_not_enormous(machine: Machine) -> None:
     sizes = [process(1, 2**64 - 1), process(2, 0), process(3, None), process(4, 24564 * MIB), process(5, 5 * MIB)]
     machine(card(used=100, compute=sizes), nvmlSystemGetProcessName=fail("NOT_FOUND"))
     found = {p.pid: (p.used_bytes, p.name) for p in gpu.live_gpu().processes}
@@ -223,7 +218,7 @@ def test_wsl_sizes_are_unknown_not_enormous(machine: Callable[..., FakeNvml]) ->
 
 
 @pytest.mark.parametrize(("total", "used"), [(0, 0), (24564, -9000), (24564, 30000), (2**25, 0)])
-def test_impossible_memory_sizes(machine: Callable[..., FakeNvml], total: int, used: int) -> None:
+def test_impossible_memory_sizes(machine: Machine, total: int, used: int) -> None:
     fake = machine(card(total=total, used=used))
     with pytest.raises(VramplanError, match="impossible memory size") as caught:
         gpu.live_gpu()
@@ -231,12 +226,24 @@ def test_impossible_memory_sizes(machine: Callable[..., FakeNvml], total: int, u
     assert fake.closed == 1
 
 
-def test_windows_process_names(machine: Callable[..., FakeNvml]) -> None:
-    machine(card(compute=[process(9, MIB)]), nvmlSystemGetProcessName=lambda pid: b"C:\\Games\\game.exe")
-    assert gpu.live_gpu().processes[0].name == "game.exe"
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [
+        (b"C:\\Program Files\\Game\\game.exe", "game.exe"),
+        ("/opt/google/chrome/chrome --type=gpu-process --path=/a/b", "chrome"),
+        ("python", "python"),
+        ("/usr/bin/ev\x1b[31mil\n", "ev?[31mil?"),
+        ("[Not Found]", None),
+        ("N/A", None),
+        (None, None),
+    ],
+)
+def test_process_names(machine: Machine, told: Any, name: str | None) -> None:
+    machine(card(used=5, compute=[process(9, MIB)]), nvmlSystemGetProcessName=lambda pid: told)
+    assert gpu.live_gpu().processes[0].name == name
 
 
-def test_calls_a_card_does_not_support_are_not_needed(machine: Callable[..., FakeNvml]) -> None:
+def test_calls_a_card_does_not_support_are_not_needed(machine: Machine) -> None:
     calls = (
         "nvmlDeviceGetCudaComputeCapability",
         "nvmlDeviceGetMaxPcieLinkGeneration",
@@ -252,7 +259,7 @@ def test_calls_a_card_does_not_support_are_not_needed(machine: Callable[..., Fak
     assert dict(found.sources)["compute_capability"] == dict(stored.sources)["compute_capability"]
 
 
-def test_unknown_card_without_a_compute_capability(machine: Callable[..., FakeNvml]) -> None:
+def test_unknown_card_without_a_compute_capability(machine: Machine) -> None:
     machine(card(name="Odd"), nvmlDeviceGetCudaComputeCapability=fail("NOT_SUPPORTED"))
     with pytest.raises(VramplanError, match="compute capability of Odd"):
         gpu.live_gpu()
@@ -269,7 +276,7 @@ def test_unknown_card_without_a_compute_capability(machine: Callable[..., FakeNv
         ("UNKNOWN", "NVML error 999", "nvidia-smi"),
     ],
 )
-def test_nvml_that_does_not_start(machine: Callable[..., FakeNvml], error: str, message: str, hint: str) -> None:
+def test_nvml_that_does_not_start(machine: Machine, error: str, message: str, hint: str) -> None:
     machine(nvmlInit=fail(error))
     with pytest.raises(VramplanError, match=message) as caught:
         gpu.live_gpus()
@@ -285,7 +292,7 @@ def test_no_pynvml(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "nvidia-ml-py" in caught.value.hint
 
 
-def test_no_gpu(machine: Callable[..., FakeNvml]) -> None:
+def test_no_gpu(machine: Machine) -> None:
     fake = machine()
     with pytest.raises(VramplanError, match="no NVIDIA GPU") as caught:
         gpu.live_gpus()
@@ -294,21 +301,39 @@ def test_no_gpu(machine: Callable[..., FakeNvml]) -> None:
 
 
 @pytest.mark.parametrize("call", ["nvmlDeviceGetName", "nvmlDeviceGetComputeRunningProcesses"])
-def test_card_lost_on_the_way(machine: Callable[..., FakeNvml], call: str) -> None:
+def test_card_lost_on_the_way(machine: Machine, call: str) -> None:
     fake = machine(card(), **{call: fail("GPU_IS_LOST")})
     with pytest.raises(VramplanError, match="fallen off the bus"):
         gpu.live_gpu()
     assert fake.closed == 1
 
 
+def test_a_lost_card_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_nvml.install(monkeypatch, fake_nvml.lost())
+    assert gpu.live_gpu(0).name == "NVIDIA GeForce RTX 4090"
+    for ask in (lambda: gpu.live_gpu(1), gpu.live_gpus):
+        with pytest.raises(VramplanError, match="fallen off the bus"):
+            ask()
+
+
+def test_cards_that_one_may_not_open_are_not_counted(machine: Machine) -> None:
+    fake = machine(card(total=10240), card(total=20480))
+    fake.nvmlDeviceGetHandleByIndex = lambda index: fake.cards[1] if index else fail("NO_PERMISSION")()
+    assert [found.total_bytes // MIB for found in gpu.live_gpus()] == [20480]
+    fake.nvmlDeviceGetHandleByIndex = fail("NO_PERMISSION")
+    with pytest.raises(VramplanError, match="may not read") as caught:
+        gpu.live_gpus()
+    assert "--gpus all" in caught.value.hint
+
+
 @pytest.mark.parametrize("index", [-1, 1, 99])
-def test_no_such_index(machine: Callable[..., FakeNvml], index: int) -> None:
+def test_no_such_index(machine: Machine, index: int) -> None:
     machine(card())
-    with pytest.raises(VramplanError, match=f"no GPU with index {index}: there is one GPU"):
+    with pytest.raises(InputError, match=f"no GPU with index {index}: there is one GPU"):
         gpu.live_gpu(index)
 
 
-def test_session_closes_after_an_error_inside(machine: Callable[..., FakeNvml]) -> None:
+def test_session_closes_after_an_error_inside(machine: Machine) -> None:
     fake = machine(card())
     with pytest.raises(KeyError), gpu.Nvml():
         raise KeyError
@@ -326,48 +351,99 @@ def test_session_closes_after_an_error_inside(machine: Callable[..., FakeNvml]) 
         ("GPU-2a2b,GPU-0", [30, 10]),
     ],
 )
-def test_visible_devices(
-    machine: Callable[..., FakeNvml], monkeypatch: pytest.MonkeyPatch, visible: str, sizes: list[int]
-) -> None:
+def test_visible_devices(machine: Machine, monkeypatch: pytest.MonkeyPatch, visible: str, sizes: list[int]) -> None:
     machine(*(card(total=total * 1024) for total in (10, 20, 30)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert [found.total_bytes // 2**30 for found in gpu.live_gpus()] == sizes
 
 
 @pytest.mark.parametrize("visible", ["", "-1", "9", "GPU-", "GPU-zz", "none"])
-def test_visible_devices_that_hide_all(
-    machine: Callable[..., FakeNvml], monkeypatch: pytest.MonkeyPatch, visible: str
-) -> None:
+def test_visible_devices_that_hide_all(machine: Machine, monkeypatch: pytest.MonkeyPatch, visible: str) -> None:
     machine(card(), card())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(VramplanError, match="hides every GPU"):
         gpu.live_gpus()
 
 
-def test_a_split_card_is_its_instances(machine: Callable[..., FakeNvml]) -> None:
-    whole = card(name="NVIDIA A100-SXM4-80GB", total=81920, capability=(8, 0))
-    parts = [card(name="NVIDIA A100-SXM4-80GB MIG 1g.10gb", total=9728, reserved=20) for _ in range(2)]
+@pytest.mark.parametrize("visible", ["0,0", "GPU-0a,GPU-0a0b", "0,1,0"])
+def test_a_card_named_twice_hides_all(machine: Machine, monkeypatch: pytest.MonkeyPatch, visible: str) -> None:
+    machine(card(), card())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(VramplanError, match="hides every GPU"):
+        gpu.live_gpus()
 
-    def part(handle: Any, slot: int) -> Any:
-        return parts[slot] if slot < 2 else fail("NOT_FOUND")()
 
-    fake = machine(whole)
-    calls: dict[str, Callable[..., Any]] = {
-        "nvmlDeviceGetMigMode": lambda handle: (1, 1),
-        "nvmlDeviceGetMaxMigDeviceCount": lambda handle: 7,
-        "nvmlDeviceGetMigDeviceHandleByIndex": part,
-        "nvmlDeviceGetDeviceHandleFromMigDeviceHandle": lambda handle: fake.cards[0],
-    }
-    for name, call in calls.items():
-        setattr(fake, name, call)
+@pytest.mark.parametrize(("visible", "count"), [("1abc", 1), ("+1", 1), ("0,GPU-1a", 1), ("GPU-1a,0", 1)])
+def test_entries_as_cuda_reads_them(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, visible: str, count: int
+) -> None:
+    machine(card(), card())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert len(gpu.live_gpus()) == count
+
+
+ORDERS = [  # environment -> names, and whether CUDA's index is surely the same
+    ({}, ["3060", "4090"], [False, False]),
+    ({"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}, ["3060", "4090"], [False, False]),
+    ({"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, ["3060", "4090"], [True, True]),
+    ({"CUDA_VISIBLE_DEVICES": "1"}, ["4090"], [False]),
+    ({"CUDA_VISIBLE_DEVICES": "1,0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, ["4090", "3060"], [True, True]),
+    ({"CUDA_VISIBLE_DEVICES": "GPU-1a,GPU-0a"}, ["4090", "3060"], [True, True]),
+]
+
+
+@pytest.mark.parametrize(("environment", "names", "certain"), ORDERS)
+def test_two_different_cards(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], names: list[str], certain: list[bool]
+) -> None:
+    fake_nvml.install(monkeypatch, fake_nvml.two_cards())
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     found = gpu.live_gpus()
-    assert [instance.total_bytes for instance in found] == [9728 * MIB] * 2
-    assert found[0].compute_capability == (8, 0)  # asked of the card it is part of
-    assert found[0].sm_count is None  # the card's number is not the instance's
+    assert [card.name[-4:] for card in found] == names
+    assert [card.state and card.state.order_certain for card in found] == certain
+
+
+def test_cards_of_one_kind_have_one_order(machine: Machine) -> None:
+    machine(card(), card())
+    assert [found.state and found.state.order_certain for found in gpu.live_gpus()] == [True, True]
+
+
+# ----------------------------------------------------------------------------------------------------------- MIG
+def test_a_split_card_is_its_instances(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_nvml.install(monkeypatch, fake_nvml.mig())
+    first, second = gpu.live_gpus()
+    assert (first.total_bytes, second.total_bytes) == (9728 * MIB, 19968 * MIB)
+    assert first.compute_capability == (8, 0)  # asked of the card it is part of
+    assert (first.sm_count, first.bf16_flops_per_s) == (14, None)  # the instance's own; the card's rates are not its
+    assert [process.pid for process in second.processes] == [77]
+    states = [found.state for found in (first, second)]
+    assert [(s.mig_profile, s.mig_instance, s.order_certain) for s in states if s] == [
+        ("1g.10gb", 3, True), ("2g.20gb", 7, False)]  # fmt: skip
+    assert [(s.ecc, s.busy_percent, s.mig_uuid and s.mig_uuid[:12]) for s in states if s] == [
+        (True, None, "MIG-00000003"), (True, None, "MIG-00000007")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "visible", ["MIG-00000007-1111-5222-8333-444444444444", "MIG-GPU-0a0b/7/0", "MIG-GPU-0a/7/0,MIG-none"]
+)
+def test_an_instance_can_be_chosen(monkeypatch: pytest.MonkeyPatch, visible: str) -> None:
+    fake_nvml.install(monkeypatch, fake_nvml.mig())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    (found,) = gpu.live_gpus()
+    assert found.total_bytes == 19968 * MIB
+    assert found.state is not None and (found.state.mig_instance, found.state.order_certain) == (7, True)
+
+
+def test_a_card_in_mig_mode_without_instances(machine: Machine) -> None:
+    machine(split_a100())
+    with pytest.raises(VramplanError, match="has no instance") as caught:
+        gpu.live_gpus()
+    assert "nvidia-smi mig" in caught.value.hint
 
 
 # ------------------------------------------------------------------------------------------------------- sampling
-def test_sampling_while_a_run_goes_on(machine: Callable[..., FakeNvml]) -> None:
+def test_sampling_while_a_run_goes_on(machine: Machine) -> None:
     fake = machine(card(used=100))
     with gpu.Nvml() as nvml:
         assert nvml.count() == 1
@@ -383,20 +459,45 @@ def test_sampling_while_a_run_goes_on(machine: Callable[..., FakeNvml]) -> None:
 @pytest.mark.parametrize("name", profiles.gpu_names())
 def test_every_stored_card_survives_being_saved(tmp_path: Path, name: str) -> None:
     stored = profiles.load_gpu(name)
-    gpu.save_gpu(stored, tmp_path / f"{name}.toml")
+    gpu_file.save_gpu(stored, tmp_path / f"{name}.toml")
     assert profiles.load_gpu(str(tmp_path / f"{name}.toml")) == stored
 
 
-def test_a_live_card_is_saved_as_idle(machine: Callable[..., FakeNvml], tmp_path: Path) -> None:
-    machine(card(used=9000, compute=[process(7, 8900 * MIB)]))
+@pytest.mark.parametrize("make", [fake_nvml.idle_desktop, fake_nvml.busy, fake_nvml.wsl, fake_nvml.container,
+                                  fake_nvml.mig, fake_nvml.old_driver, fake_nvml.throttled_laptop])  # fmt: skip
+def test_a_live_card_is_saved_as_idle(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, make: Callable[[], FakeNvml]
+) -> None:
+    fake_nvml.install(monkeypatch, make())
     live = gpu.live_gpu()
-    gpu.save_gpu(live, tmp_path / "desk.toml")
+    gpu_file.save_gpu(live, tmp_path / "desk.toml")
     back = profiles.load_gpu(str(tmp_path / "desk.toml"))
-    assert back.usable_bytes == (24564 - 400) * MIB
-    assert dict(back.sources)["usable_bytes"] == "NVML: total less what the driver reserves"
-    same = {"name", "total_bytes", "reserved_bytes", "compute_capability", "sm_count", "context_bytes"}
-    assert all(getattr(back, field) == getattr(live, field) for field in same)
-    assert (back.key, back.source, back.processes, back.used_by_others_bytes) == ("desk", "file", (), 0)
+    assert back == replace(gpu_file.idle(live), key="desk")
+    moment = {"key", "usable_bytes", "reserved_bytes", "used_by_others_bytes", "processes", "driver", "state", "source"}
+    for field in type(live).__dataclass_fields__.keys() - moment - {"sources"}:
+        assert getattr(back, field) == getattr(live, field), field
+    assert (back.source, back.processes, back.used_by_others_bytes, back.state) == ("file", (), 0, None)
+
+
+def test_saved_usable_is_what_an_idle_card_has(machine: Machine) -> None:
+    machine(card(used=9000, compute=[process(7, 8900 * MIB)]))
+    saved = gpu_file.idle(gpu.live_gpu())
+    assert saved.usable_bytes == (24564 - 400) * MIB
+    assert dict(saved.sources)["usable_bytes"] == "NVML: total less what the driver reserves"
+    unknown = gpu_file.idle(replace(gpu.live_gpu(), reserved_bytes=None, used_by_others_bytes=8900 * MIB))
+    assert unknown.usable_bytes == (24564 - 400 - 9000 + 8900) * MIB
+
+
+@pytest.mark.parametrize("make", [fake_nvml.busy, fake_nvml.mig, fake_nvml.wsl])
+def test_a_live_card_survives_json(monkeypatch: pytest.MonkeyPatch, make: Callable[[], FakeNvml]) -> None:
+    fake_nvml.install(monkeypatch, make())
+    live = gpu.live_gpu()
+    assert records.decode(records.encode(live), type(live)) == live
+    old = records.encode(live)
+    del old["state"]
+    for record in old["processes"]:
+        del record["graphics"]
+    assert records.decode(old, type(live)).state is None  # as files were before there was a state
 
 
 @given(st.text(min_size=1, max_size=50).filter(lambda text: text.strip()))
@@ -405,16 +506,16 @@ def test_any_name_survives_being_saved(name: str) -> None:
 
     stored = replace(profiles.load_gpu("t4"), name=name, sources=(("total_bytes", name),))
     with tempfile.TemporaryDirectory() as folder:
-        gpu.save_gpu(stored, Path(folder) / "t4.toml")
+        gpu_file.save_gpu(stored, Path(folder) / "t4.toml")
         back = profiles.load_gpu(str(Path(folder) / "t4.toml"))
     assert (back.name, dict(back.sources)["total_bytes"]) == (name, name)
 
 
 def test_saving_where_one_cannot(tmp_path: Path) -> None:
     with pytest.raises(InputError):
-        gpu.save_gpu(profiles.load_gpu("t4"), tmp_path / "none" / "t4.toml")
+        gpu_file.save_gpu(profiles.load_gpu("t4"), tmp_path / "none" / "t4.toml")
     with pytest.raises(InputError):
-        gpu.save_gpu(profiles.load_gpu("t4"), tmp_path)
+        gpu_file.save_gpu(profiles.load_gpu("t4"), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -428,3 +529,37 @@ def test_this_machine() -> None:
     assert found.compute_capability == torch.cuda.get_device_capability(0)
     assert found.reserved_bytes is not None
     assert found.total_bytes - found.reserved_bytes == torch.cuda.get_device_properties(0).total_memory
+
+
+@pytest.mark.cuda
+def test_this_machines_state_and_our_own_process() -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    held = torch.zeros(2**30, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    found = gpu.live_gpu(0)
+    state = found.state
+    assert state is not None
+    assert found.driver is not None and found.driver.partition(".")[0].isdigit()
+    assert state.cuda is not None and float(state.cuda) >= 11.8
+    assert state.throttled_by is not None
+    for value, low, high in (
+        (state.power_watts, 5, 3000), (state.power_limit_watts, 20, 3000), (state.clock_mhz, 100, 5000),
+        (state.max_clock_mhz, 500, 5000), (state.pcie_max_generation, 2, 8), (state.pcie_max_width, 1, 16),
+    ):  # fmt: skip
+        assert value is None or low <= value <= high
+    assert None in (state.power_watts, state.power_limit_watts) or state.power_watts <= 1.5 * state.power_limit_watts
+    others = found.total_bytes - found.usable_bytes - (found.reserved_bytes or 0)
+    assert others >= held.numel()
+    # ours: by this process's number, or in a container by one that means nothing here and is not shown
+    with gpu.Nvml() as nvml:
+        own = nvml.process_bytes(0, os.getpid())
+        raw = nvml_processes.listed(nvml._calls, nvml._card(0).handle, found.total_bytes)
+    assert all(process.pid != os.getpid() for process in found.processes)
+    if own is not None:
+        assert held.numel() < own <= found.total_bytes - found.usable_bytes
+    elif raw:
+        hidden = [process for process in found.processes if process.pid is None or process.used_bytes is None]
+        assert hidden or any((process.used_bytes or 0) > held.numel() for process in found.processes)
+    del held

@@ -30,11 +30,10 @@ from factories import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vramplan.core.types import GpuProcess, Levers
+from vramplan.core.types import Levers
 from vramplan.core.units import GIB, MIB
 from vramplan.report import payload, rows, tables
 from vramplan.report.audit import show_audit
-from vramplan.report.check import show_check
 from vramplan.report.compare import compare
 from vramplan.report.estimate import headline, one_card, show_estimate
 from vramplan.report.fit import show_fit, shown
@@ -72,9 +71,6 @@ def draw(show: Callable[..., None], *args: object, encoding: str = "utf-8", **op
 
 
 CARDS = (make_gpu(), make_gpu("t4", 15360 * MIB, 14912 * MIB, bf16_flops_per_s=None, usable_basis="measured"))
-BUSY = make_gpu(
-    used_by_others_bytes=GIB, processes=(GpuProcess(pid=12, name="python", used_bytes=GIB), GpuProcess(pid=9))
-)
 NO_FIT = make_plan(verdict="does_not_fit", budget_bytes=3 * GIB, reason="", advice=("--seq-len 512 needs 2.90 GiB",))
 MODELS = (("llama-2-7b", make_model(), 6_738_415_616, "meta-llama/Llama-2-7b-hf"),)
 
@@ -119,7 +115,6 @@ MEASURED_TOGETHER = make_measurement(gpus=2, rank_peak_bytes=(5 * GIB, 5 * GIB -
 VIEWS: dict[str, tuple[Callable[..., None], tuple[object, ...]]] = {
     "estimate": (show_estimate, (make_ledger(), VERDICTS)),
     "estimate_gpus": (show_estimate, (TOGETHER, VERDICTS)),
-    "check": (show_check, (BUSY, make_ledger(), make_verdict())),
     "fit": (show_fit, (make_plan(),)),
     "fit_impossible": (show_fit, (NO_FIT,)),
     "audit": (lambda stream, event, width: show_audit(tables.console(stream, width), event), (AUDIT,)),
@@ -454,5 +449,3 @@ def test_the_other_payloads() -> None:
     assert failed["adapter"] is None and failed["measurement"] is None and failed["exit_code"] == 4
     assert payload.gpus_payload(CARDS, ())["gpus"][1]["key"] == "t4"
     assert payload.models_payload(MODELS)["models"][0]["hub_id"] == "meta-llama/Llama-2-7b-hf"
-    assert payload.check_payload(CARDS[0], None, None)["card"]["key"] == "rtx-4090"
-    assert payload.check_payload(CARDS[0], make_ledger(), make_verdict())["verdict"] == "fits"

@@ -59,14 +59,9 @@ def card(name: str, index: int = 0) -> GpuProfile:
 
     if name != "live":
         return load_gpu(name)
-    from vramplan.errors import VramplanError
     from vramplan.sources.gpu import live_gpu
 
-    try:
-        return live_gpu(index)
-    except VramplanError as error:
-        hint = "--gpu NAME plans for a stored card; vramplan gpus lists them"
-        raise type(error)(error.message, hint) from error
+    return live_gpu(index)
 
 
 class Outline(NamedTuple):

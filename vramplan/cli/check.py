@@ -16,25 +16,21 @@ from vramplan.errors import DOES_NOT_FIT, OK
 @click.argument("model", required=False)
 @options.use(options.BATCH, options.RUN, options.LORA, options.LEVERS, options.GPU_INDEX, options.OUTPUT)
 def command(**params: Any) -> int:
-    """Show what is free on this machine's card, and whether fine-tuning MODEL fits it now."""
+    """Show who holds what of this machine's card, and whether fine-tuning MODEL fits what is free."""
+    from vramplan.core.check import check
     from vramplan.sources.gpu import live_gpu
 
     spec = build.model_spec(params) if params["model"] else None
     run = build.run_spec(params, spec) if spec else None
-    card = live_gpu(params["gpu_index"])
-    ledger = verdict = None
-    if spec is not None and run is not None:
-        from vramplan.core.ledger import estimate
-        from vramplan.core.plan import capacity
-
-        ledger, verdict = estimate(spec, run, card), capacity(spec, run, card)
-        build.warn(*ledger.warnings)
+    found = check(live_gpu(params["gpu_index"]), spec, run)
+    if found.ledger is not None:
+        build.warn(*found.ledger.warnings)
     if params["as_json"]:
         from vramplan.report.payload import check_payload
 
-        print_json(check_payload(card, ledger, verdict))
+        print_json(check_payload(found))
     else:
         from vramplan.report.check import show_check
 
-        show_check(sys.stdout, card, ledger, verdict, width=params["width"])
-    return DOES_NOT_FIT if verdict is not None and verdict.verdict == "does_not_fit" else OK
+        show_check(sys.stdout, found, width=params["width"])
+    return DOES_NOT_FIT if found.judged is not None and found.judged.verdict == "does_not_fit" else OK

@@ -267,6 +267,11 @@ GPU_INDEX: Section = (
     _card("--gpu-index", type=Whole(0, 1023), default=0, show_default=True, help="Which of this machine's cards."),
 )
 
+SAVE: Section = (
+    _card("--save", metavar="FILE", help="Write one of this machine's cards as a profile that --gpu FILE.toml reads."),
+    _card("--force", is_flag=True, help="Replace the file if it exists."),
+)
+
 DATA: Section = (
     _data("--data", metavar="FILE|DATASET", help="JSONL, Parquet, CSV or text file, or a data set's name."),
     _data("--data-kind", type=OneOf(DATA_KINDS, "kind of data"), default="auto", show_default=True,

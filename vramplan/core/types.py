@@ -55,6 +55,7 @@ SAMPLINGS = ("random", "sequential", "group_by_length")
 PARALLELS = ("none", "ddp", "fsdp")
 VERDICTS = ("fits", "tight", "does_not_fit")
 BASES = ("exact", "modelled", "measured")
+THROTTLES = ("power cap", "heat", "hardware slowdown", "power brake")  # why a card's clocks are held down
 
 
 class Unplannable(ValueError):
@@ -303,11 +304,42 @@ class MergeSpec(Value):
 # ----------------------------------------------------------------------------------------------------- the card
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class GpuProcess(Value):
-    """Another user of the card. `used_bytes` and `name` are None where the driver does not say (WSL, containers)."""
+    """Another user of the card. None is what cannot be known: WSL and containers hide sizes, names and numbers.
 
-    pid: int
+    `graphics`: it draws and computes nothing, as a desktop does.
+    """
+
+    pid: int | None = None
     name: str | None = None
     used_bytes: int | None = None
+    graphics: bool = False
+
+
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
+class GpuState(Value):
+    """What a live card says of itself beside its memory, at one moment. None: it does not say.
+
+    Links, power, clocks and display are those of the whole card, also for a MIG instance.
+    """
+
+    cuda: str | None = None  # the newest CUDA that the driver runs
+    order_certain: bool = True  # False: CUDA may give this card another index than it has here
+    mig_profile: str | None = None  # of a MIG instance: "1g.10gb"
+    mig_instance: int | None = None  # its GPU instance on the card
+    mig_uuid: str | None = None
+    pcie_generation: int | None = None  # now; a card that sleeps goes down to 1
+    pcie_width: int | None = None
+    pcie_max_generation: int | None = None  # what card and slot agree on
+    pcie_max_width: int | None = None
+    ecc: bool | None = None
+    display_attached: bool | None = None  # a monitor is plugged in
+    display_active: bool | None = None  # a screen is drawn on it, with or without a monitor
+    power_watts: int | None = None
+    power_limit_watts: int | None = None
+    clock_mhz: int | None = None  # of the SMs
+    max_clock_mhz: int | None = None
+    throttled_by: tuple[str, ...] | None = None  # what holds the clocks down: see THROTTLES
+    busy_percent: int | None = None
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
@@ -336,6 +368,7 @@ class GpuProfile(Value):
     fp16_flops_per_s: int | None = None
     pcie_bytes_per_s: int | None = None
     driver: str | None = None
+    state: GpuState | None = None  # of a live card
     source: str = "file"  # file | nvml
     sources: tuple[tuple[str, str], ...] = ()
 
@@ -438,6 +471,44 @@ class GpuVerdict(Value):
     max_batch_size: int | None = None
     max_seq_len: int | None = None
     tokens_per_s: int | None = None  # modelled
+
+
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
+class Segment(Value):
+    """A stretch of a card's memory. `key`: driver | others | context | resident | activations | headroom | free."""
+
+    key: str
+    label: str
+    bytes: int
+    basis: str = "exact"
+
+
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
+class Remedy(Value):
+    """Something to close on the card, or to change in the run. `verdict` is the run's on this card afterwards."""
+
+    kind: str  # close | change | both
+    title: str
+    frees_bytes: int
+    verdict: str
+    changes_training: bool = False
+    command: str = ""  # that carries a change out
+
+
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
+class CardCheck(Value):
+    """A live card as it is now and, where a run was held against it, what would fill it.
+
+    The segments add up to the card's total and `missing_bytes`. `notes` are sentences about the card.
+    """
+
+    card: GpuProfile
+    segments: tuple[Segment, ...]
+    missing_bytes: int = 0
+    notes: tuple[str, ...] = ()
+    ledger: Ledger | None = None
+    judged: GpuVerdict | None = None
+    remedies: tuple[Remedy, ...] = ()
 
 
 # ------------------------------------------------------------------------------------------------------- the plan

@@ -24,12 +24,21 @@ def show_gpus(
         tables.sentence(screen, f"This machine has {len(live)} {cards}; --gpu live plans for the first.")
         screen.print()
         tables.put(screen, *card_table(screen, live))
+        if not all(card.state is None or card.state.order_certain for card in live):
+            screen.print(Text("CUDA may count these in another order: `vramplan check` says more", style="dim"))
         screen.print()
     tables.sentence(screen, f"{len(stored)} stored cards for --gpu; usable is what one process may fill on Linux.")
     screen.print()
     tables.put(screen, *card_table(screen, sorted(stored, key=lambda card: (card.usable_bytes, card.key))))
     if any(card.usable_basis == "modelled" for card in stored):
         screen.print(Text("~ modelled from the total; the others were read on such a card", style="dim"))
+
+
+def show_saved(stream: TextIO, card: GpuProfile, path: str, *, width: int | None = None) -> None:
+    """What was written, and how it is used."""
+    screen = tables.console(stream, width)
+    tables.sentence(screen, card_line(card))
+    tables.command(screen, f"Written to {path}. To plan for it elsewhere:", f"vramplan estimate MODEL --gpu {path}")
 
 
 def card_table(screen: Console, cards: Sequence[GpuProfile]) -> tuple[Table, int]:
@@ -56,9 +65,8 @@ def card_table(screen: Console, cards: Sequence[GpuProfile]) -> tuple[Table, int
 
 
 def card_line(card: GpuProfile) -> str:
-    """One card on one line: what is usable, and what others hold."""
-    others = f", {human(card.used_by_others_bytes)} used by others" if card.used_by_others_bytes else ""
-    return f"{card.name}: {human(card.usable_bytes)} usable of {human(card.total_bytes)}{others}"
+    """One card on one line: how much of it is usable."""
+    return f"{card.name}: {human(card.usable_bytes)} usable of {human(card.total_bytes)}"
 
 
 def _rate(rate: int | None, unit: int) -> str:

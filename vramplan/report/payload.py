@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from vramplan.core.types import SCHEMA_VERSION, GpuProfile, GpuVerdict, Ledger, Measurement, ModelSpec
+from vramplan.core.types import SCHEMA_VERSION, CardCheck, GpuProfile, GpuVerdict, Ledger, Measurement, ModelSpec
 from vramplan.report.compare import Pair, compare
 
 Payload = dict[str, Any]
@@ -17,11 +17,24 @@ def estimate_payload(ledger: Ledger, verdicts: Sequence[GpuVerdict]) -> Payload:
     return {"schema_version": SCHEMA_VERSION, **asdict(ledger), "gpus": [asdict(verdict) for verdict in verdicts]}
 
 
-def check_payload(card: GpuProfile, ledger: Ledger | None, verdict: GpuVerdict | None) -> Payload:
-    """The payload of `check --json`: the live card, and the estimate where a model was named."""
-    payload = {"schema_version": SCHEMA_VERSION, "card": asdict(card)}
-    if ledger is not None and verdict is not None:
-        payload |= {"verdict": verdict.verdict, "estimate": estimate_payload(ledger, (verdict,))}
+def check_payload(found: CardCheck) -> Payload:
+    """The payload of `check --json`: the live card and who holds what of it; with a model, verdict, remedies, estimate.
+
+    The segments add up to the card's total and `missing_bytes`.
+    """
+    payload = {
+        "schema_version": SCHEMA_VERSION,
+        "card": asdict(found.card),
+        "segments": [asdict(segment) for segment in found.segments],
+        "missing_bytes": found.missing_bytes,
+        "notes": list(found.notes),
+    }
+    if found.ledger is not None and found.judged is not None:
+        payload |= {
+            "verdict": found.judged.verdict,
+            "remedies": [asdict(remedy) for remedy in found.remedies],
+            "estimate": estimate_payload(found.ledger, (found.judged,)),
+        }
     return payload
 
 
@@ -32,6 +45,11 @@ def gpus_payload(stored: Sequence[GpuProfile], live: Sequence[GpuProfile]) -> Pa
         "gpus": [asdict(card) for card in stored],
         "live": [asdict(card) for card in live],
     }
+
+
+def saved_payload(card: GpuProfile, path: str) -> Payload:
+    """The payload of `gpus --save --json`: the card as it was written, and where."""
+    return {"schema_version": SCHEMA_VERSION, "saved": path, "card": asdict(card)}
 
 
 def models_payload(rows: Sequence[tuple[str, ModelSpec, int, str]]) -> Payload:
