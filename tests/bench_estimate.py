@@ -1,4 +1,6 @@
-"""Medians of one estimate in process, start-up not included: python tests/bench_estimate.py [REPETITIONS]
+"""Medians of one estimate and of the buying guide, in process, start-up not included.
+
+python tests/bench_estimate.py [REPETITIONS]
 
 "again": the model is loaded already, as for all estimates of a search but the first.
 """
@@ -14,10 +16,12 @@ from functools import partial
 from itertools import product
 
 from vramplan.core import ledger
+from vramplan.core.guide import choose, offers
 from vramplan.core.recipes import RECIPES
 from vramplan.core.timeline import play
 from vramplan.core.types import ModelSpec, RunSpec
 from vramplan.sources.hf_config import load_model
+from vramplan.sources.profiles import gpu_names, load_gpu
 
 MODELS = ("llama-2-7b", "llama-3.1-70b", "gemma-2-9b")
 
@@ -34,7 +38,7 @@ def median_ms(work: Callable[[], object], repetitions: int) -> float:
 
 
 def afresh(spec: ModelSpec, run: RunSpec) -> None:
-    ledger.loaded.cache_clear()
+    ledger._loaded.cache_clear()
     ledger.estimate(spec, run)
 
 
@@ -48,6 +52,13 @@ def main() -> None:
         estimated = median_ms(partial(afresh, spec, run), repetitions)
         again = median_ms(partial(ledger.estimate, spec, run), repetitions)
         print(f"| {name}, {recipe} | {played:.1f} | {simulated:.1f} | {estimated:.1f} | {again:.1f} |")
+    cards = [load_gpu(name) for name in gpu_names()]
+    print(f"\n| model, recipe | {len(cards)} cards, ms | choice, ms |\n|---|---|---|")
+    for name, recipe in product(MODELS, RECIPES):
+        spec, run = load_model(name), RunSpec(model=name, recipe=recipe, levers=RECIPES[recipe])
+        guided = median_ms(lambda spec=spec, run=run: list(offers(spec, run, cards)), max(repetitions // 5, 1))
+        chosen = median_ms(partial(choose, spec, run, cards), max(repetitions // 5, 1))
+        print(f"| {name}, {recipe} | {guided:.0f} | {chosen:.0f} |")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 
 from vramplan.core.types import (
     Candidate,
+    Choice,
     GpuProfile,
     GpuVerdict,
     Ledger,
@@ -15,6 +16,7 @@ from vramplan.core.types import (
     MeasuredPhase,
     Measurement,
     ModelSpec,
+    Offer,
     Peak,
     PhasePeak,
     Plan,
@@ -102,6 +104,55 @@ VERDICTS = (
     make_verdict(),
     make_verdict("gtx-6gb", 5900 * MIB, "does_not_fit", max_batch_size=0, max_seq_len=0, tokens_per_s=None),
 )
+
+
+def make_offer(gpu: str = "rtx-4090", memory_gb: int = 24, usable: int = 24081 * MIB, **changes: Any) -> Offer:
+    fastest = Candidate(
+        levers=Levers(checkpointing="none"), micro_batch_size=2, accumulation=1, device_bytes=20 * GIB,
+        verdict="fits", tokens_per_s=3085,
+    )  # fmt: skip
+    offer = Offer(
+        gpu=gpu, memory_gb=memory_gb, compute_capability=(8, 9), usable_bytes=usable, verdict="fits", levers=Levers(),
+        as_asked=True, device_bytes=make_ledger().peak.device_bytes, missing_bytes=0, max_batch_size=23,
+        max_seq_len=4096, context_levers=Levers(checkpoint_offload=True), fastest=fastest, tokens_per_s=3085,
+        hours_per_million_tokens=1e6 / 3085 / 3600,
+    )  # fmt: skip
+    return replace(offer, **changes)
+
+
+UNKNOWN_RATES: dict[str, Any] = {"fastest": None, "tokens_per_s": None, "hours_per_million_tokens": None}
+_OFFLOADED = Candidate(
+    levers=Levers(checkpoint_offload=True), micro_batch_size=16, accumulation=1, device_bytes=7 * GIB, verdict="fits",
+    tokens_per_s=462,
+)  # fmt: skip
+OFFERS = (
+    make_offer("gtx-6gb", 6, 5900 * MIB, verdict="does_not_fit", as_asked=False, missing_bytes=300 * MIB,
+               levers=Levers(checkpoint_offload=True), max_batch_size=0, max_seq_len=512, **UNKNOWN_RATES),
+    make_offer("rtx-4060", 8, 7806 * MIB, verdict="tight", as_asked=False, levers=Levers(checkpoint_offload=True),
+               max_batch_size=2, max_seq_len=3968, fastest=_OFFLOADED, tokens_per_s=462,
+               hours_per_million_tokens=1e6 / 462 / 3600),
+    make_offer("rtx-3060-12gb", 12, 11910 * MIB, levers=Levers(checkpoint_offload=True, loss="fused", upcast="norms"),
+               as_asked=False, max_batch_size=7, max_seq_len=4096, **UNKNOWN_RATES),
+    make_offer("v100-32gb", 32, 32491 * MIB, compute_capability=(7, 0), verdict="tight"),
+    make_offer(),
+    make_offer("rtx-pro-6000-blackwell", 96, 96600 * MIB, max_batch_size=1118, max_seq_len=131072, tokens_per_s=40793,
+               hours_per_million_tokens=1e6 / 40793 / 3600),
+)  # fmt: skip
+
+
+def make_priced(offers: tuple[Offer, ...] = OFFERS, price: float = 0.35) -> tuple[Offer, ...]:
+    """The same, those whose speed is known with a price; the last is the cheapest."""
+    priced = [
+        replace(offer, price_per_hour=price, cost_per_million_tokens=price * offer.hours_per_million_tokens)
+        if offer.hours_per_million_tokens else offer
+        for offer in offers
+    ]  # fmt: skip
+    return (*priced[:-1], replace(priced[-1], cheapest=True))
+
+
+def make_choice(**changes: Any) -> Choice:
+    choice = Choice(memory_gb=8, as_asked_gb=24, offers=OFFERS[1:2], smaller=OFFERS[0], priced=make_priced()[4:])
+    return replace(choice, **changes)
 
 
 def make_plan(**changes: Any) -> Plan:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -17,13 +17,14 @@ from typing import Any
 
 import click
 import pytest
-from factories import make_gpu, make_ledger, make_measurement, make_plan, make_verdict
+from factories import make_choice, make_gpu, make_ledger, make_measurement, make_offer, make_plan, make_verdict
 
 import vramplan
 from vramplan.cli import BROKEN_PIPE, COMMANDS, INTERRUPTED, describe, root, run
 from vramplan.core.occupancy import segments
 from vramplan.core.types import (
     CardCheck,
+    Choice,
     DataSpec,
     GpuProfile,
     GpuVerdict,
@@ -32,6 +33,7 @@ from vramplan.core.types import (
     Levers,
     Measurement,
     ModelSpec,
+    Offer,
     Plan,
     RunSpec,
     Unplannable,
@@ -85,6 +87,8 @@ class Rooms:
     free: tuple[str, ...] = ()
     lengths: Lengths | None = None
     chip: str | None = None
+    prices: dict[str, float] | None = None
+    cards: tuple[str, ...] = ()
 
     def estimate(self, model: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None) -> Ledger:
         self.run, self.chip = run, gpu.key if gpu else None
@@ -92,6 +96,18 @@ class Rooms:
 
     def capacity(self, model: ModelSpec, run: RunSpec, gpu: GpuProfile) -> GpuVerdict:
         return make_verdict(gpu.key, gpu.usable_bytes, self.verdict)
+
+    def offers(
+        self, model: ModelSpec, run: RunSpec, cards: Sequence[GpuProfile], prices: dict[str, float]
+    ) -> Iterator[Offer]:
+        self.run, self.prices = run, prices
+        fits = self.verdict != "does_not_fit"
+        for card in cards:
+            yield make_offer(card.key, usable=card.usable_bytes, verdict=self.verdict, as_asked=fits)
+
+    def choose(self, model: ModelSpec, run: RunSpec, cards: Sequence[GpuProfile], prices: dict[str, float]) -> Choice:
+        self.run, self.prices, self.cards = run, prices, tuple(card.key for card in cards)
+        return make_choice() if self.verdict != "does_not_fit" else make_choice(memory_gb=None, offers=(), priced=())
 
     def judge(self, ledger: Ledger, gpu: GpuProfile) -> str:
         return self.verdict
@@ -153,6 +169,7 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> Rooms:
         "vramplan.core.plan": {
             "capacity": stand_in.capacity, "judge": stand_in.judge, "plan": stand_in.make_plan,
         },
+        "vramplan.core.guide": {"offers": stand_in.offers, "choose": stand_in.choose, "with_cheapest": tuple},
         "vramplan.sources.gpu": {"live_gpu": stand_in.live_gpu, "live_gpus": stand_in.live_gpus},
         "vramplan.launch": {
             "prepare_run_dir": stand_in.prepare_run_dir, "launch": stand_in.launch,

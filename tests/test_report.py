@@ -13,17 +13,22 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from factories import (
     LINES,
+    OFFERS,
     VERDICTS,
+    make_choice,
     make_gpu,
     make_ledger,
     make_line,
     make_measurement,
     make_model,
+    make_offer,
     make_plan,
+    make_priced,
     make_run,
     make_verdict,
 )
@@ -38,6 +43,8 @@ from vramplan.report.compare import compare
 from vramplan.report.estimate import headline, one_card, show_estimate
 from vramplan.report.fit import show_fit, shown
 from vramplan.report.gpus import show_gpus
+from vramplan.report.guide import change_labels, show_choice, show_guide, significant
+from vramplan.report.guide import headline as guide_headline
 from vramplan.report.live import PlainDisplay, clock, event_text, one_line, step_text
 from vramplan.report.models import show_models
 from vramplan.report.survival import survived
@@ -115,6 +122,9 @@ MEASURED_TOGETHER = make_measurement(gpus=2, rank_peak_bytes=(5 * GIB, 5 * GIB -
 VIEWS: dict[str, tuple[Callable[..., None], tuple[object, ...]]] = {
     "estimate": (show_estimate, (make_ledger(), VERDICTS)),
     "estimate_gpus": (show_estimate, (TOGETHER, VERDICTS)),
+    "guide": (show_guide, (make_ledger(), OFFERS)),
+    "guide_priced": (show_guide, (make_ledger(), make_priced())),
+    "choice": (show_choice, (make_model(), make_run(), make_choice())),
     "fit": (show_fit, (make_plan(),)),
     "fit_impossible": (show_fit, (NO_FIT,)),
     "audit": (lambda stream, event, width: show_audit(tables.console(stream, width), event), (AUDIT,)),
@@ -243,6 +253,56 @@ def test_several_cards_in_one_sentence() -> None:
     assert verdict == "fits"
     none = tuple(replace(verdict, verdict="does_not_fit") for verdict in VERDICTS)
     assert headline(make_ledger(), none)[0].startswith("Does not fit: none of the 4 cards")
+
+
+def test_the_guide_says_how_many_cards_and_what_the_smallest_needs() -> None:
+    run = make_run()
+    assert guide_headline(OFFERS, run) == (
+        "Fits 5 of 6 cards, 3 as asked: the smallest that does is rtx-4060 (7.62 GiB usable, with"
+        " --checkpoint-offload)."
+    )
+    plain = tuple(replace(offer, as_asked=True) for offer in OFFERS[1:])
+    assert guide_headline(plain, run).startswith("Fits 5 of 5 cards: the smallest that does is rtx-4060 (7.62 GiB")
+    assert guide_headline(OFFERS[:1], run) == (
+        "Does not fit: none of the 1 cards. 6 GB is too small: gtx-6gb lacks 300.0 MiB with --checkpoint-offload."
+    )
+
+
+def test_no_card_is_large_enough() -> None:
+    choice = make_choice(memory_gb=None, as_asked_gb=None, offers=(), priced=())
+    assert draw(show_choice, make_model(), make_run(), choice, width=120).splitlines() == [
+        "Does not fit: no stored card is large enough.",
+        "llama-2-7b, 1 x 2048 tokens, r=16 on all-linear, recipe lean",
+        "6 GB is too small: gtx-6gb lacks 300.0 MiB with --checkpoint-offload.",
+    ]
+    smallest = draw(show_choice, make_model(), make_run(), make_choice(smaller=None, as_asked_gb=8), width=120)
+    assert smallest.startswith("Fits cards of 8 GB as asked.")
+    assert "No smaller class of cards is stored." in smallest
+
+
+def test_every_change_of_levers_has_a_text_of_its_own() -> None:
+    changes: list[dict[str, Any]] = [
+        {"checkpoint_offload": True},
+        {"checkpointing": "every-2"},
+        {"loss": "full", "upcast": "all"},
+        {"kernels": "stock", "upcast": "all"},
+        {"optimizer": "sgd", "loss": "full", "upcast": "norms"},
+    ]
+    offers = [make_offer(as_asked=False, levers=replace(Levers(), **change)) for change in changes]
+    labels = change_labels([*offers, *offers, OFFERS[0]], make_run())  # OFFERS[0] does not fit
+    assert list(labels.values()) == ["offload", "ckpt", "2 levers", "2b levers", "3 levers"]
+    text = draw(show_guide, make_ledger(), offers, width=80)
+    for label, flags in (("2b levers", "--upcast all --kernels stock"), ("offload", "--checkpoint-offload")):
+        assert f"\n{label}: add {flags}\n" in text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (0.000123456, "0.000123"), (0.0315, "0.0315"), (0.6, "0.600"), (1.1151, "1.12"), (12.34, "12.3"),
+     (123.4, "123"), (1234.5, "1,234"), (1e-12, "0.000000000")],
+)  # fmt: skip
+def test_three_digits_that_count(number: float, text: str) -> None:
+    assert significant(number) == text
 
 
 # ------------------------------------------------------------------------------------------------------- terminals
@@ -439,6 +499,37 @@ def test_estimate_payload_has_the_shape_of_the_contract() -> None:
     assert {"gpu", "usable_bytes", "verdict", "max_batch_size", "max_seq_len", "tokens_per_s"} == set(data["gpus"][0])
     assert data["trainable_parameters"] == 39_976_960
     assert sum(line["bytes"] for line in data["lines"]) == data["peak"]["device_bytes"]
+
+
+def test_the_guide_adds_to_the_shape_of_the_contract() -> None:
+    data = json.loads(json.dumps(payload.guide_payload(make_ledger(), make_priced()), allow_nan=False))
+    old = payload.estimate_payload(make_ledger(), VERDICTS)
+    assert set(data) == set(old)
+    card = data["gpus"][1]
+    assert set(old["gpus"][0]) < set(card)
+    assert set(card) - set(old["gpus"][0]) == {
+        "memory_gb", "compute_capability", "levers", "as_asked", "flags", "device_bytes", "missing_bytes",
+        "context_levers", "fastest", "hours_per_million_tokens", "price_per_hour", "cost_per_million_tokens",
+        "cheapest",
+    }  # fmt: skip
+    assert card["flags"] == ["--checkpoint-offload"] and card["as_asked"] is False
+    assert card["levers"]["checkpoint_offload"] is True and card["fastest"]["micro_batch_size"] == 16
+    assert all(isinstance(size, int) for row in data["gpus"] for key, size in row.items() if key.endswith("_bytes"))
+    assert data["gpus"][2]["tokens_per_s"] is None
+    assert [row["gpu"] for row in data["gpus"] if row["cheapest"]] == ["rtx-pro-6000-blackwell"]
+
+
+def test_a_choice_as_json() -> None:
+    data = json.loads(json.dumps(payload.choice_payload(make_model(), make_run(), make_choice()), allow_nan=False))
+    assert set(data) == {
+        "schema_version", "model", "run", "memory_gb", "as_asked_gb", "gpus", "smaller", "priced", "cheapest"
+    }  # fmt: skip
+    assert (data["memory_gb"], data["as_asked_gb"], data["cheapest"]) == (8, 24, "rtx-pro-6000-blackwell")
+    assert data["smaller"]["missing_bytes"] == 300 * MIB and data["smaller"]["flags"] == ["--checkpoint-offload"]
+    nothing = payload.choice_payload(
+        make_model(), make_run(), make_choice(memory_gb=None, smaller=None, offers=(), priced=())
+    )
+    assert nothing["smaller"] is None and nothing["cheapest"] is None and nothing["gpus"] == []
 
 
 def test_the_other_payloads() -> None:

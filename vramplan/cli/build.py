@@ -53,6 +53,18 @@ def cards(names: tuple[str, ...]) -> list[tuple[GpuProfile, bool]]:
     return list(found.values())
 
 
+def able(cards: list[tuple[GpuProfile, bool]], *, packing: bool) -> list[tuple[GpuProfile, bool]]:
+    """Without the cards of `--gpu all` on which packed rows cannot run; a card that was named is refused later."""
+    if not packing:
+        return cards
+    from vramplan.core.varlen import CAPABILITY
+
+    old = [card.key for card, named in cards if not named and card.compute_capability < CAPABILITY]
+    if old:
+        note(f"packing needs compute capability {'.'.join(map(str, CAPABILITY))}: {', '.join(old)} left out")
+    return [(card, named) for card, named in cards if card.key not in old]
+
+
 def card(name: str, index: int = 0) -> GpuProfile:
     """A stored card by name, or this machine's card for "live"."""
     from vramplan.sources.profiles import load_gpu

@@ -13,21 +13,26 @@ from vramplan.cli.output import print_json
 from vramplan.core.types import GpuProfile, GpuVerdict, Ledger, ModelSpec
 from vramplan.errors import DOES_NOT_FIT, OK, InputError
 
-EXAMPLE = "Example: vramplan estimate llama-3.1-8b --batch-size 4 --gpu rtx-4090 --gpu rtx-3090"
+EXAMPLE = "Example: vramplan estimate llama-3.1-8b --batch-size 4 --gpu all --price rtx-4090=0.35"
 
 
 @click.command("estimate", cls=options.SectionCommand, epilog=EXAMPLE)
 @click.argument("model")
-@options.use(options.BATCH, options.PARALLEL, options.RUN, options.LORA, options.LEVERS, options.GPUS, options.TRACE,
-             options.OUTPUT)  # fmt: skip
+@options.use(options.BATCH, options.PARALLEL, options.RUN, options.LORA, options.LEVERS, options.GPUS, options.PRICES,
+             options.TRACE, options.OUTPUT)  # fmt: skip
 def command(**params: Any) -> int:
     """Predict the memory of fine-tuning MODEL: a built-in name, a Hub id, or a path to config.json or its folder."""
     if params["full_depth"] and not params["trace"]:
         raise InputError("--full-depth is about tracing", "add --trace")
     if params["trace"] and params["gpus"] > 1:
         raise InputError("--trace plays one GPU", "leave out --gpus, or --trace")
-    cards = _able(build.cards(params["gpu"]), packing=params["packing"])
+    if params["trace"] and params["price"]:
+        raise InputError("--price is for runs that are played, not traced", "leave out --trace, or --price")
+    names = params["gpu"] or (("all",) if params["price"] else ())
+    cards = build.able(build.cards(names), packing=params["packing"])
     chip = next((card for card, named in cards if named), None)
+    if not params["trace"] and ("all" in names or params["price"]):
+        return _guide(params, cards, chip)
     ledger, spec = _traced(params, chip) if params["trace"] else _played(params, chip)
     verdicts = _judge(ledger, spec, [card for card, _ in cards])
     build.warn(*ledger.warnings)
@@ -39,22 +44,36 @@ def command(**params: Any) -> int:
         from vramplan.report.estimate import show_estimate
 
         show_estimate(sys.stdout, ledger, verdicts, width=params["width"])
-    refused = any(
-        named and verdict.verdict == "does_not_fit" for (_, named), verdict in zip(cards, verdicts, strict=True)
-    )
+    return _exit_code(cards, [verdict.verdict != "does_not_fit" for verdict in verdicts])
+
+
+def _guide(params: dict[str, Any], cards: list[tuple[GpuProfile, bool]], chip: GpuProfile | None) -> int:
+    """Many cards, or cards with prices: what each can do, with which levers, how fast, for how much."""
+    from vramplan.cli import prices
+    from vramplan.core.guide import offers, with_cheapest
+    from vramplan.report.waiting import watched
+
+    profiles = [card for card, _ in cards]
+    costs = prices.by_key(params["price"], profiles)
+    ledger, spec = _played(params, chip)
+    found = watched(offers(spec, ledger.run, profiles, costs), len(profiles), "cards", sys.stderr)
+    rows = with_cheapest(tuple(found))
+    build.warn(*ledger.warnings)
+    if params["as_json"]:
+        from vramplan.report.payload import guide_payload
+
+        print_json(guide_payload(ledger, rows))
+    else:
+        from vramplan.report.guide import show_guide
+
+        show_guide(sys.stdout, ledger, rows, width=params["width"])
+    return _exit_code(cards, [row.as_asked for row in rows])
+
+
+def _exit_code(cards: list[tuple[GpuProfile, bool]], fit: list[bool]) -> int:
+    """A card that was named must hold the run as it was asked for."""
+    refused = any(named and not fits for (_, named), fits in zip(cards, fit, strict=True))
     return DOES_NOT_FIT if refused else OK
-
-
-def _able(cards: list[tuple[GpuProfile, bool]], *, packing: bool) -> list[tuple[GpuProfile, bool]]:
-    """Without the cards of `--gpu all` on which packed rows cannot run; a card that was named is refused later."""
-    if not packing:
-        return cards
-    from vramplan.core.varlen import CAPABILITY
-
-    old = [card.key for card, named in cards if not named and card.compute_capability < CAPABILITY]
-    if old:
-        build.note(f"packing needs compute capability {'.'.join(map(str, CAPABILITY))}: {', '.join(old)} left out")
-    return [(card, named) for card, named in cards if card.key not in old]
 
 
 def _played(params: dict[str, Any], chip: GpuProfile | None) -> tuple[Ledger, ModelSpec]:

@@ -1,10 +1,11 @@
-"""`vramplan gpus`: the stored cards, and this machine's."""
+"""`vramplan gpus`: the stored cards and this machine's, which of them a run needs, and a live one as a file."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,18 +13,36 @@ from vramplan.cli import build, options
 from vramplan.cli.output import print_json
 from vramplan.errors import OK, InputError, VramplanError
 
+EXAMPLE = "Example: vramplan gpus --for llama-3.1-8b --seq-len 4096"
+OF_A_CARD = ("save", "force", "gpu_index")
 
-@click.command("gpus", cls=options.SectionCommand, epilog="Example: vramplan gpus --save my-card.toml")
-@options.use(options.SAVE, options.GPU_INDEX, options.OUTPUT)
-def command(save: str | None, force: bool, gpu_index: int, as_json: bool, width: int | None) -> int:
-    """List the stored cards, the ones that --gpu knows, and the cards of this machine."""
+
+@click.command("gpus", cls=options.SectionCommand, epilog=EXAMPLE)
+@options.use(options.GUIDE, options.SAVE, options.GPU_INDEX, options.BATCH, options.PARALLEL, options.RUN, options.LORA,
+             options.LEVERS, options.OUTPUT)  # fmt: skip
+@click.pass_context
+def command(ctx: click.Context, /, as_json: bool, width: int | None, **params: Any) -> int:
+    """List the stored cards, the ones that --gpu knows, and the cards of this machine; or name those that suffice."""
+    saving = build.given(ctx, OF_A_CARD)
+    if saving and (params["save"] is None or params["model"]):
+        flag = "--" + saving[0].replace("_", "-")
+        if params["model"]:
+            raise InputError(f"{flag} is about one of this machine's cards", "leave out --for")
+        raise InputError(f"{flag} is about saving a card", "add --save FILE")
+    if params["model"]:
+        from vramplan.cli.choice import choose_cards
+
+        return choose_cards(params, as_json=as_json, width=width)
+    refuse_run_flags(ctx, params)
+    if params["save"] is not None:
+        return _save(params["save"], params["gpu_index"], force=params["force"], as_json=as_json, width=width)
+    return _list(as_json=as_json, width=width)
+
+
+def _list(*, as_json: bool, width: int | None) -> int:
     from vramplan.sources.gpu import live_gpus
     from vramplan.sources.profiles import gpu_names, load_gpu
 
-    if save is not None:
-        return _save(save, gpu_index, force=force, as_json=as_json, width=width)
-    if force or gpu_index:
-        raise InputError(f"{'--force' if force else '--gpu-index'} is about saving a card", "add --save FILE")
     stored = tuple(load_gpu(name) for name in gpu_names())
     try:
         live = live_gpus()
@@ -62,3 +81,11 @@ def _save(name: str, index: int, *, force: bool, as_json: bool, width: int | Non
 
         show_saved(sys.stdout, card, str(path), width=width)
     return OK
+
+
+def refuse_run_flags(ctx: click.Context, params: dict[str, Any]) -> None:
+    """What describes a run has nothing to say about a list of cards."""
+    given = build.given(ctx, tuple(name for name in params if name not in OF_A_CARD))
+    if given:
+        flag = next(options.flag_of(param) for param in ctx.command.params if param.name == given[0])
+        raise InputError(f"{flag} is about a run", "add --for MODEL")

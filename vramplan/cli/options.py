@@ -29,6 +29,7 @@ else:
 F = TypeVar("F", bound=Callable[..., Any])
 Section = Sequence[Callable[[Any], Any]]
 
+MOST_PER_HOUR = 1e9  # in any currency
 MANY = 1_000_000  # no sensible count is larger; keeps the arithmetic fast and typing errors out
 
 
@@ -129,6 +130,24 @@ class Targets(ParamType):
         if "" in names or ("all-linear" in names and len(names) > 1):
             raise InputError(f"{flag_of(param)} must be all-linear or names with commas, not {value!r}")
         return names
+
+
+class Price(ParamType):
+    """CARD=X: a card's name, and what an hour of it costs."""
+
+    name = "CARD=X"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        if isinstance(value, tuple):
+            return value
+        card, equals, text = str(value).rpartition("=")
+        try:
+            price = float(text)
+        except ValueError:
+            price = math.nan
+        if not equals or not card.strip() or not 0 <= price < MOST_PER_HOUR:
+            raise InputError(f"{flag_of(param)} must be a card and its price per hour, as rtx-4090=0.35, not {value}")
+        return card.strip(), price
 
 
 SECTIONS = (
@@ -259,6 +278,16 @@ LEVERS: Section = (
 
 GPUS: Section = (
     _card("--gpu", "gpu", multiple=True, metavar="NAME|all|live", help="Judge these cards; may be repeated."),
+)
+
+PRICES: Section = (
+    _card("--price", type=Price(), multiple=True, metavar="CARD=X",
+          help="What an hour of this card costs, for the cost of a million tokens; may be repeated."),
+)  # fmt: skip
+
+GUIDE: Section = (
+    _card("--for", "model", metavar="MODEL", help="Name the smallest class of cards that fine-tunes this model."),
+    *PRICES,
 )
 
 ONE_GPU: Section = (_card("--gpu", metavar="NAME|live", default="live", show_default=True, help="Plan for this card."),)

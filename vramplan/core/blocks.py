@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from . import architecture as arch
 from . import fused
-from .attention import Heads, contiguous, eager, kernel_for, sdpa
+from .attention import contiguous, eager, sdpa
 from .bnb_kernel import uses_fused_kernel
+from .chip import attention_heads, attention_kernels
 from .norms import cohere_norm, layernorm, rmsnorm
 from .ops import add, cast, dropout, lora_linear, lora_linear4bit, unary
 from .parallel_blocks import cohere_block, falcon_block, neox_block, phi_block, stablelm_block
@@ -54,10 +55,7 @@ class Player:
         self.spec = spec
         self.run = run
         self.tokens = run.micro_batch_size * run.seq_len
-        falcon = spec.model_type == "falcon"
-        # Falcon's new decoder architecture repeats keys and values before the rotary embedding
-        key_heads = spec.num_heads if falcon and spec.num_kv_heads > 1 else spec.num_kv_heads
-        self.heads = Heads(run.micro_batch_size, run.seq_len, spec.num_heads, key_heads, spec.head_dim)
+        self.heads = attention_heads(spec, run)
         self.linears = {x.short: x for x in arch.layer_linears(spec)}
         self.fused = {
             x.short: uses_fused_kernel(self.tokens, x.out_features, x.in_features, gpu.compute_capability, gpu.sm_count)
@@ -66,12 +64,7 @@ class Player:
         self.norm_dtype = "bfloat16" if run.levers.upcast == "none" else "float32"
         self.expert_dtype = "float32" if run.levers.upcast == "all" else "bfloat16"
         self.capability = gpu.compute_capability
-        self.kernels = {
-            m: kernel_for(
-                gpu.compute_capability, self.heads, m, gqa=not falcon, dropout=0.0 if falcon else spec.attention_dropout
-            )
-            for m in (False, True)
-        }
+        self.kernels = dict(zip((False, True), attention_kernels(spec, run, gpu.compute_capability), strict=True))
         self.fuses = fused.is_fused(spec, run)
         self.fused_norm = self.fuses and fused.fuses_norm(spec)
         self.fused_rotary = self.fuses and fused.fuses_rotary(spec)

@@ -8,8 +8,8 @@ from typing import Any
 
 from .ledger import estimate
 from .plan import Quick, divisors
-from .recipes import RECIPES
-from .types import Fix, GpuProfile, Ledger, Levers, Lora, ModelSpec, RunSpec, Schedule
+from .recipes import RECIPES, lever_flags
+from .types import Fix, GpuProfile, Ledger, Lora, ModelSpec, RunSpec, Schedule
 
 Change = Callable[[RunSpec], RunSpec]
 
@@ -205,7 +205,7 @@ def command(run: RunSpec) -> str:
     words += _lora_flags(run.lora)
     recipe = run.recipe if run.recipe in RECIPES else "lean"
     words += ["--recipe", recipe] if recipe != "lean" else []
-    words += _lever_flags(run.levers, RECIPES[recipe])
+    words += lever_flags(run.levers, RECIPES[recipe])
     words += [] if run.double_quant else ["--no-double-quant"]
     words += ["--padding"] if run.padding else []
     words += ["--packing"] if run.packing else []
@@ -223,16 +223,6 @@ def command(run: RunSpec) -> str:
 def _lora_flags(lora: Lora) -> list[str]:
     words = _differing(lora, {"r": "--lora-r", "alpha": "--lora-alpha", "dropout": "--lora-dropout"})
     return words if lora.targets == ("all-linear",) else [*words, "--lora-targets", ",".join(lora.targets)]
-
-
-def _lever_flags(levers: Levers, recipe: Levers) -> list[str]:
-    flags = {"upcast": "--upcast", "loss": "--loss", "checkpointing": "--checkpointing", "optimizer": "--optim",
-             "attention": "--attn", "allocator": "--allocator", "kernels": "--kernels"}  # fmt: skip
-    words = [word for name, flag in flags.items() if getattr(levers, name) != getattr(recipe, name)
-             for word in (flag, str(getattr(levers, name)))]  # fmt: skip
-    if levers.checkpoint_offload != recipe.checkpoint_offload:
-        words.append("--checkpoint-offload" if levers.checkpoint_offload else "--no-checkpoint-offload")
-    return words
 
 
 def _differing(value: Any, flags: dict[str, str]) -> list[str]:

@@ -139,14 +139,20 @@ def loaded(spec: ModelSpec, run: RunSpec) -> tuple[Held, Native]:
 
 
 def simulate(
-    spec: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None, loader: Loader | None = None, warm: bool = False
+    spec: ModelSpec,
+    run: RunSpec,
+    gpu: GpuProfile | None = None,
+    loader: Loader | None = None,
+    warm: bool = False,
+    unrolled: Unrolled | None = None,
 ) -> Simulation:
     """Load, prepare, wrap, then the first optimizer step and a steady one, in a fresh process.
 
     `loader` continues a process that holds other things already, `warm` with the workspaces of another run among them.
+    `unrolled` is the step, where it was played before.
     """
     check_run(spec, run)
-    unrolled = play(spec, run, gpu or NO_CARD)
+    unrolled = unrolled or play(spec, run, gpu or NO_CARD)
     if loader is None:
         held, before = loaded(spec, run)
         memory = before.clone()
@@ -198,7 +204,9 @@ def _with_workspaces(sim: Simulation) -> Native:
     return memory
 
 
-def _laid_out(model: ModelSpec, run: RunSpec, card: GpuProfile) -> tuple[Simulation, Held, int]:
+def _laid_out(
+    model: ModelSpec, run: RunSpec, card: GpuProfile, unrolled: Unrolled | None
+) -> tuple[Simulation, Held, int]:
     """The run; how its loading goes; by how much from_pretrained leaves more allocated than a model built by layer.
 
     No checkpoint is at hand. The native allocator leaves tails of blocks that hang on the order in which the tensors
@@ -206,20 +214,21 @@ def _laid_out(model: ModelSpec, run: RunSpec, card: GpuProfile) -> tuple[Simulat
     the card must hold (docs/decisions/0004). Expandable segments leave none.
     """
     if run.random_weights or run.levers.allocator == "expandable":
-        sim = simulate(model, run, card)
+        sim = simulate(model, run, card, unrolled=unrolled)
         return sim, sim.held, 0
-    sim = simulate(model, replace(run, random_weights=True), card)
+    sim = simulate(model, replace(run, random_weights=True), card, unrolled=unrolled)
     loading, _ = loaded(model, replace(run, random_weights=False))
     return sim, loading, max(0, loading.resident.with_lora_bytes - sim.resident.with_lora_bytes)
 
 
-def estimate(model: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None) -> Ledger:
+def estimate(model: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None, unrolled: Unrolled | None = None) -> Ledger:
     """What every byte of `run` on `model` will be, at the highest point of a steady optimizer step.
 
-    Numbers that depend on the chip are those of `gpu`, or of compute capability 8.9. Raises Unplannable.
+    Numbers that depend on the chip are those of `gpu`, or of compute capability 8.9. `unrolled` is the step of this
+    run on this chip, where a search has played it before. Raises Unplannable.
     """
     card = gpu or NO_CARD
-    sim, loading, tails = _laid_out(model, run, card)
+    sim, loading, tails = _laid_out(model, run, card, unrolled)
     phase, live = live_at_peak(sim.unrolled)
     lines = _lines(model, run, sim, live)
     allocated = sim.allocated_bytes

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from . import resident
+from .chip import traits
 from .ledger import MARGIN, estimate
 from .lengths import longest_run, real_share, usual_width
 from .parallel import nccl_bytes, shards
@@ -36,7 +37,7 @@ def judge(ledger: Ledger, gpu: GpuProfile) -> str:
 
 class Quick:
     """Device bytes of variants of one run, without replaying the allocator: the sum of the live tensors at the
-    highest point, the stated margin and the context. Kept by all of a run and a chip that costs memory."""
+    highest point, the stated margin and the context."""
 
     def __init__(self, model: ModelSpec, lengths: Lengths | None = None) -> None:
         """lengths: of the data, which then decide the speed."""
@@ -55,12 +56,22 @@ class Quick:
         speed = tokens_per_s(self.model, usual, gpu, self._played(usual, gpu)[1])
         return None if speed is None else round(speed * real_share(run, self.lengths))
 
-    def _played(self, run: RunSpec, gpu: GpuProfile) -> tuple[int, Unrolled]:
-        chip = gpu.compute_capability[0] if run.micro_batch_size * run.seq_len > 1536 else (
-            gpu.compute_capability, gpu.sm_count)  # fmt: skip
+    def tensor_bytes(self, run: RunSpec, gpu: GpuProfile) -> int:
+        """All tensors at the highest point: no card holds the run in less."""
+        return self._played(run, gpu)[0]
+
+    def unrolled(self, run: RunSpec, gpu: GpuProfile) -> Unrolled:
+        return self._played(run, gpu)[1]
+
+    def key(self, run: RunSpec, gpu: GpuProfile) -> tuple[object, ...]:
+        """All of a run and a chip that costs memory."""
         shape = (run.micro_batch_size, run.seq_len, min(run.accumulation, 2), run.padding, run.packing,
                  run.driver)  # fmt: skip
-        key = (shape, run.levers, run.lora, run.double_quant, chip, run.gpus, run.parallel)
+        chip = traits(self.model, run, gpu)
+        return (shape, run.levers, run.lora, run.double_quant, chip, run.gpus, run.parallel)
+
+    def _played(self, run: RunSpec, gpu: GpuProfile) -> tuple[int, Unrolled]:
+        key = self.key(run, gpu)
         if key not in self.known:
             unrolled = play(self.model, run, gpu)
             self.known[key] = (self._resident(run, unrolled) + unrolled.peak_bytes(), unrolled)

@@ -1,4 +1,4 @@
-"""Named sets of levers."""
+"""Named sets of levers, and how a command line says one."""
 
 from __future__ import annotations
 
@@ -18,3 +18,14 @@ RECIPES: dict[str, Levers] = {
         kernels="stock",
     ),
 }
+
+
+def lever_flags(levers: Levers, recipe: Levers) -> list[str]:
+    """What to add to a command that stands for `recipe`, to mean `levers`."""
+    flags = {"upcast": "--upcast", "loss": "--loss", "checkpointing": "--checkpointing", "optimizer": "--optim",
+             "attention": "--attn", "allocator": "--allocator", "kernels": "--kernels"}  # fmt: skip
+    words = [word for name, flag in flags.items() if getattr(levers, name) != getattr(recipe, name)
+             for word in (flag, str(getattr(levers, name)))]  # fmt: skip
+    if levers.checkpoint_offload != recipe.checkpoint_offload:
+        words.append("--checkpoint-offload" if levers.checkpoint_offload else "--no-checkpoint-offload")
+    return words

@@ -52,12 +52,7 @@ def tokens_per_s(model: ModelSpec, run: RunSpec, gpu: GpuProfile, unrolled: Unro
     flops = gpu.bf16_flops_per_s or gpu.fp16_flops_per_s
     if not flops or not gpu.bandwidth_bytes_per_s:
         return None
-    born = kernels = 0
-    for _, _, changes in unrolled.steps():
-        for event, _, _ in changes:
-            if event > 0:
-                born += unrolled.info[event][5]
-                kernels += 1
+    born, kernels = unrolled.births()
     micro_steps = min(run.accumulation, 2)  # what was played
     compute = step_flops(model, run) / (MATMUL_SHARE * flops)
     traffic = TOUCHES * born / micro_steps / (BANDWIDTH_SHARE * gpu.bandwidth_bytes_per_s)

@@ -207,12 +207,17 @@ class Frame:
         return self.recomputed.pop(index)
 
 
+def workspace_bytes(capability: tuple[int, int]) -> int:
+    """Of one cuBLAS handle and stream."""
+    return CUBLAS_WORKSPACE_BYTES.get(capability[0], DEFAULT_CUBLAS_WORKSPACE_BYTES)
+
+
 class Tape:
     """Plays operations and their gradients against a `Recorder`."""
 
     def __init__(self, rec: Recorder, capability: tuple[int, int] = (8, 9)) -> None:
         self.rec = rec
-        self.workspace_bytes = CUBLAS_WORKSPACE_BYTES.get(capability[0], DEFAULT_CUBLAS_WORKSPACE_BYTES)
+        self.workspace_bytes = workspace_bytes(capability)
         self.workspaces: dict[tuple[str, bool], Tensor] = {}
         self.in_backward = False  # torch runs it in a thread with cuBLAS handles of its own
         self.frame: Frame | None = None  # being run for the first time: saved tensors are dropped

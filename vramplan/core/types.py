@@ -542,6 +542,52 @@ class Lengths(Value):
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
+class Offer(Value):
+    """What one card can do for a run: with which levers it fits, and how much and how fast at most.
+
+    `verdict`, `device_bytes` and `max_batch_size` are those of the run with `levers`: the levers that were asked for
+    where it fits with them, else the least change with which it does, else everything that saves memory, of which
+    `missing_bytes` then says how much more would be needed. `max_seq_len` is the longest sequence at micro-batch 1 with
+    `context_levers`. Both are 0 where not even the smallest fits.
+    """
+
+    gpu: str
+    memory_gb: int  # the class of card by the memory on its box: 8, 12, 16, 24, ...
+    compute_capability: tuple[int, int]
+    usable_bytes: int
+    verdict: str
+    levers: Levers
+    as_asked: bool  # it fits with the levers that were asked for
+    device_bytes: int
+    missing_bytes: int
+    max_batch_size: int
+    max_seq_len: int
+    context_levers: Levers
+    fastest: Candidate | None = None  # at this length, of any micro-batch; None: nothing fits, or rates are not known
+    tokens_per_s: int | None = None  # of `fastest`, modelled; of all cards where several train together
+    hours_per_million_tokens: float | None = None
+    price_per_hour: float | None = None  # as it was given, of one card
+    cost_per_million_tokens: float | None = None
+    cheapest: bool = False  # of those with a price
+
+
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
+class Choice(Value):
+    """The smallest class of cards, by memory, that holds a run: None where none does.
+
+    `offers` are its cards, `smaller` is that card of the next class down which comes nearest (where no class is large
+    enough, the nearest of all), `priced` are the cards with a price that hold the run. `as_asked_gb` is the smallest
+    class that holds it with the levers that were asked for.
+    """
+
+    memory_gb: int | None
+    as_asked_gb: int | None
+    offers: tuple[Offer, ...]
+    smaller: Offer | None = None
+    priced: tuple[Offer, ...] = ()
+
+
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Plan(Value):
     """A run with everything chosen, and why. `micro_batch_size * accumulation` is the effective batch, exactly."""
 

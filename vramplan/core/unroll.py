@@ -58,6 +58,7 @@ class Unrolled:
         self._times = {id(s): [self._deaths(event) for event in s.events] for s in self.sections if s.layer < 0}
         self.totals = {id(section): self._totals(section) for section in self.sections}
         self._highest: tuple[int, int] | None = None
+        self._born: tuple[int, int] | None = None
         self._compiled: dict[bool, dict[int, list[Change]]] = {}
         self.written: dict[int, list[tuple[int, int, bool]]] = {}  # changes as the allocator takes them, by their id
 
@@ -143,6 +144,18 @@ class Unrolled:
         compiled = self._compiled[first]
         for section, layer in self.order:
             yield section, layer, compiled[id(section)]
+
+    def births(self) -> tuple[int, int]:
+        """(bytes, number) of all tensors that a steady step makes, its workspaces left out."""
+        if self._born is None:
+            lasting = [row[0] == WORKSPACE_KEY for row in self.info]
+            by_section: dict[int, tuple[int, int]] = {}
+            for section in self.sections:
+                births = [event for event in section.events if event > 0 and not lasting[event]]
+                by_section[id(section)] = sum(self.info[event][5] for event in births), len(births)
+            found = [by_section[id(section)] for section, _ in self.order]
+            self._born = sum(size for size, _ in found), sum(count for _, count in found)
+        return self._born
 
     def peak_bytes(self) -> int:
         """The most that the step's tensors take together."""

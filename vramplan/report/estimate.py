@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vramplan.core.types import GpuVerdict, Ledger
+from vramplan.core.types import GpuVerdict, Ledger, ModelSpec, Offer, RunSpec
 from vramplan.core.units import human
 from vramplan.report import tables
 from vramplan.report.rows import LINE, SUBTOTAL, TOTAL, Row, Scale, ledger_rows
@@ -22,22 +22,26 @@ def show_estimate(
 ) -> None:
     """Verdict first, then the ledger, then the cards."""
     screen = tables.console(stream, width)
-    text, verdict = headline(ledger, verdicts)
-    tables.sentence(screen, text, verdict)
-    screen.print(Text(run_line(ledger), style="dim"))
-    screen.print()
-    tables.put(screen, *ledger_table(screen, ledger))
-    if ledger.run.gpus > 1:
-        speed = f"; tokens/s are of all {ledger.run.gpus} together" if verdicts else ""
-        screen.print(Text("per card" + speed, style="dim"))
-    if any(line.basis == "modelled" and line.bytes for line in ledger.lines):
-        screen.print(Text("~ modelled; everything else is counted exactly", style="dim"))
+    put_ledger(screen, ledger, *headline(ledger, verdicts), speeds=bool(verdicts))
     if verdicts:
         screen.print()
         tables.put(screen, gpu_table(screen, verdicts))
         if any(verdict.tokens_per_s is not None for verdict in verdicts):
             screen.print(Text("~ tokens/s is modelled, not measured", style="dim"))
     tables.command(screen, *next_step(ledger, verdicts))
+
+
+def put_ledger(screen: Console, ledger: Ledger, text: str, verdict: str, *, speeds: bool) -> None:
+    """The sentence to act on, what was asked, and the ledger with what it must be read with."""
+    tables.sentence(screen, text, verdict)
+    screen.print(Text(run_line(ledger), style="dim"))
+    screen.print()
+    tables.put(screen, *ledger_table(screen, ledger))
+    if ledger.run.gpus > 1:
+        speed = f"; tokens/s are of all {ledger.run.gpus} together" if speeds else ""
+        screen.print(Text("per card" + speed, style="dim"))
+    if any(line.basis == "modelled" and line.bytes for line in ledger.lines):
+        screen.print(Text("~ modelled; everything else is counted exactly", style="dim"))
 
 
 def headline(ledger: Ledger, verdicts: Sequence[GpuVerdict]) -> tuple[str, str]:
@@ -76,29 +80,39 @@ def one_card(need: int, verdict: GpuVerdict) -> str:
 
 def run_line(ledger: Ledger) -> str:
     """What was asked, on one line."""
-    run = ledger.run
+    return asked(ledger.model, ledger.run)
+
+
+def asked(model: ModelSpec, run: RunSpec) -> str:
+    """A run on one line."""
     accumulation = f" x {run.accumulation} accumulated" if run.accumulation > 1 else ""
     gpus = f" on each of {run.gpus} GPUs ({run.parallel})" if run.gpus > 1 else ""
     targets = ",".join(run.lora.targets)
     packed = " packed" if run.packing else ""
     return (
-        f"{ledger.model.name}, {run.micro_batch_size} x {run.seq_len} tokens{packed}{accumulation}{gpus}, "
+        f"{model.name}, {run.micro_batch_size} x {run.seq_len} tokens{packed}{accumulation}{gpus}, "
         f"r={run.lora.r} on {targets}, recipe {run.recipe}"
     )
 
 
-def next_step(ledger: Ledger, verdicts: Sequence[GpuVerdict]) -> tuple[str, str]:
+def next_step(ledger: Ledger, verdicts: Sequence[GpuVerdict | Offer]) -> tuple[str, str]:
     """The command that goes on from here, and what it is for."""
     run = ledger.run
     if run.gpus > 1:
         return "To train it:", f"vramplan train {run.model} --gpus {run.gpus} --parallel {run.parallel} --data FILE"
     if not verdicts:
         return "Which cards hold it:", f"vramplan estimate {run.model} --gpu all"
+    return fit_command(run, verdicts)
+
+
+def fit_command(run: RunSpec, verdicts: Sequence[GpuVerdict | Offer]) -> tuple[str, str]:
+    """The command that plans the run for the smallest card that holds it, and what it is for."""
     batch = max(run.micro_batch_size * run.accumulation, 16)
     fitting = [verdict for verdict in verdicts if verdict.verdict != "does_not_fit"]
     card = min(fitting or verdicts, key=lambda verdict: verdict.usable_bytes).gpu
+    length = "" if run.seq_len == RunSpec(model="").seq_len else f" --seq-len {run.seq_len}"
     packing = " --packing" if run.packing else ""
-    command = f"vramplan fit {run.model} --effective-batch-size {batch} --gpu {card}{packing}"
+    command = f"vramplan fit {run.model} --effective-batch-size {batch}{length} --gpu {card}{packing}"
     return "Levers and micro-batch for a card:", command
 
 

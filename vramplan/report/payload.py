@@ -6,7 +6,19 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from vramplan.core.types import SCHEMA_VERSION, CardCheck, GpuProfile, GpuVerdict, Ledger, Measurement, ModelSpec
+from vramplan.core.recipes import lever_flags
+from vramplan.core.types import (
+    SCHEMA_VERSION,
+    CardCheck,
+    Choice,
+    GpuProfile,
+    GpuVerdict,
+    Ledger,
+    Measurement,
+    ModelSpec,
+    Offer,
+    RunSpec,
+)
 from vramplan.report.compare import Pair, compare
 
 Payload = dict[str, Any]
@@ -15,6 +27,31 @@ Payload = dict[str, Any]
 def estimate_payload(ledger: Ledger, verdicts: Sequence[GpuVerdict]) -> Payload:
     """The payload of `estimate --json`."""
     return {"schema_version": SCHEMA_VERSION, **asdict(ledger), "gpus": [asdict(verdict) for verdict in verdicts]}
+
+
+def guide_payload(ledger: Ledger, offers: Sequence[Offer]) -> Payload:
+    """The payload of `estimate --gpu all --json`: that of `estimate`, with what each card can do in "gpus"."""
+    return {**estimate_payload(ledger, ()), "gpus": [offer_payload(offer, ledger.run) for offer in offers]}
+
+
+def choice_payload(model: ModelSpec, run: RunSpec, choice: Choice) -> Payload:
+    """The payload of `gpus --for MODEL --json`."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": asdict(model),
+        "run": asdict(run),
+        "memory_gb": choice.memory_gb,
+        "as_asked_gb": choice.as_asked_gb,
+        "gpus": [offer_payload(offer, run) for offer in choice.offers],
+        "smaller": offer_payload(choice.smaller, run) if choice.smaller else None,
+        "priced": [offer_payload(offer, run) for offer in choice.priced],
+        "cheapest": next((offer.gpu for offer in choice.priced if offer.cheapest), None),
+    }
+
+
+def offer_payload(offer: Offer, run: RunSpec) -> Payload:
+    """One card; `flags` are what must be added to the command as it was."""
+    return {**asdict(offer), "flags": lever_flags(offer.levers, run.levers)}
 
 
 def check_payload(found: CardCheck) -> Payload:
