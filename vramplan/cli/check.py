@@ -14,14 +14,15 @@ from vramplan.errors import DOES_NOT_FIT, OK
 
 @click.command("check", cls=options.SectionCommand, epilog="Example: vramplan check llama-2-7b --batch-size 2")
 @click.argument("model", required=False)
-@options.use(options.BATCH, options.RUN, options.LORA, options.LEVERS, options.GPU_INDEX, options.OUTPUT)
+@options.use(options.BATCH, options.RUN, options.LORA, options.LEVERS, options.GPU_INDEX, options.CALIBRATION,
+             options.OUTPUT)  # fmt: skip
 def command(**params: Any) -> int:
     """Show what is free on this machine's card, and whether fine-tuning MODEL fits it now."""
     from vramplan.sources.gpu import live_gpu
 
     spec = build.model_spec(params) if params["model"] else None
     run = build.run_spec(params, spec) if spec else None
-    card = live_gpu(params["gpu_index"])
+    card = build.calibrated(live_gpu(params["gpu_index"]), params["calibration"])
     ledger = verdict = None
     if spec is not None and run is not None:
         from vramplan.core.ledger import estimate

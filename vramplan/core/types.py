@@ -316,8 +316,8 @@ class SpeedFactors(Value):
 
     matmul_share: float = 0.75  # of the dense bf16 rate
     bandwidth_share: float = 0.75
-    # Per tensor born: Python, dispatch and launch on one core, PEFT's wrappers included; or, where a micro-step of fused
-    # layers is started as one CUDA graph, what its smallest kernels take.
+    # Per tensor born: Python, dispatch and launch on one core, PEFT's wrappers included; or, where a micro-step of
+    # fused layers is started as one CUDA graph, what its smallest kernels take.
     launch_seconds: float = 42e-6
     graphed_seconds: float = 16e-6
 
@@ -526,7 +526,7 @@ class Plan(Value):
     candidates: tuple[Candidate, ...] = ()
     advice: tuple[str, ...] = ()  # when it does not fit: the smallest changes that would, nearest first
     verified: bool = False  # a probe on the real card ran it
-    probes: tuple[Probe, ...] = ()  # in the order in which they were made; the last one is of this run
+    probes: tuple[Probe, ...] = ()  # in the order in which they were made, of this run and of those before it
 
 
 # ------------------------------------------------------------------------------------------------ what happened
