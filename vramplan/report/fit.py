@@ -13,6 +13,7 @@ from vramplan.core.types import Candidate, Levers, Plan
 from vramplan.core.units import GIB, human
 from vramplan.report import tables
 from vramplan.report.estimate import VERDICT_STARTS
+from vramplan.report.probe import show_probes
 
 SHOWN = 8  # candidates in the table
 
@@ -23,6 +24,7 @@ def show_fit(stream: TextIO, plan: Plan, *, written: str | None = None, width: i
     tables.sentence(screen, headline(plan), plan.verdict)
     if plan.reason:
         screen.print(Text(plan.reason, style="dim"))
+    show_probes(screen, plan)
     if plan.verdict == "does_not_fit":
         if plan.advice:
             screen.print()
@@ -47,6 +49,8 @@ def show_fit(stream: TextIO, plan: Plan, *, written: str | None = None, width: i
 def headline(plan: Plan) -> str:
     """The sentence to act on."""
     need, usable = plan.ledger.peak.device_bytes, plan.budget_bytes
+    if plan.verdict == "does_not_fit" and plan.probes:
+        return f"Does not fit {plan.gpu.key}: {human(need)} predicted, but the card refutes it."
     if plan.verdict == "does_not_fit":
         return f"Does not fit {plan.gpu.key}: the leanest plan needs {human(need)}, {human(usable)} usable."
     batch = f"{plan.run.micro_batch_size} x {plan.run.accumulation} = {plan.effective_batch_size}"

@@ -95,6 +95,23 @@ class Nvml:
         handle = self._handle(index)
         return self._sizes(handle, self._memory(handle)[0]).get(pid)
 
+    def sizes(self, index: int = 0) -> dict[int, int | None]:
+        """Bytes of every other process on the card by its pid; None where NVML does not say how many."""
+        handle = self._handle(index)
+        return {pid: n for pid, n in self._sizes(handle, self._memory(handle)[0]).items() if pid != os.getpid()}
+
+    def process_name(self, pid: int) -> str | None:
+        return self._process_name(pid)
+
+    def busy_percent(self, index: int = 0) -> int | None:
+        """Share of the last moment (up to a second) in which the card computed; None if NVML cannot say (MIG)."""
+        rates = self._may(self._nvml.nvmlDeviceGetUtilizationRates, self._handle(index))
+        return None if rates is None else int(rates.gpu)
+
+    def uuid(self, index: int = 0) -> str:
+        """What CUDA_VISIBLE_DEVICES takes for this card or MIG instance."""
+        return _text(self._must(self._nvml.nvmlDeviceGetUUID, self._handle(index)))
+
     def gpu(self, index: int = 0) -> GpuProfile:
         """The card as it is now: `usable_bytes` is what is free, whoever holds the rest."""
         nvml, handle = self._nvml, self._handle(index)
