@@ -84,7 +84,7 @@ def test_one_wild_row_does_not_carry_the_others_away() -> None:
         spoilt = [replace_seconds(row, 3.0) if i == wild else row for i, row in enumerate(rows)]
         found = fit_speed(spoilt, *known)
         good = [row for i, row in enumerate(rows) if i != wild]
-        assert mean_error(good, found, *known) < 0.15
+        assert mean_error(good, found, *known) < 0.03  # with plain squares it is 0.1
 
 
 def replace_seconds(row: Timed, factor: float) -> Timed:

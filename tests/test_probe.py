@@ -20,6 +20,7 @@ from vramplan.core.plan import judge
 from vramplan.core.types import Plan, Probe, RunSpec
 from vramplan.core.units import GIB, MIB
 from vramplan.errors import VramplanError
+from vramplan.launch.probing import Place, _environment
 from vramplan.launch.tenants import GROWTH_BYTES, IDLE_BYTES, Look, intruders, unrest, wait_until_quiet
 from vramplan.launch.verifying import STEP_SHARE, next_plan
 from vramplan.sources import gpu, records
@@ -331,6 +332,14 @@ def test_a_card_that_is_too_small_cannot_stand_in(fit: Fit, bench: Bench) -> Non
     result = fit(FINISH, "--gpu", "rtx-4090")
     assert result.code == 2 and bench.count() == 0
     assert "too little to stand in for rtx-4090" in result.error
+
+
+def test_another_card_of_the_machine_is_the_childs_first(bench: Bench) -> None:
+    nvml = SimpleNamespace(uuid=lambda index: f"GPU-{index}")
+    assert _environment(Place(card=CARD, nvml=nvml), None) == {}
+    assert _environment(Place(card=CARD, nvml=nvml, index=2), 5) == {
+        "CUDA_VISIBLE_DEVICES": "GPU-2", "VRAMPLAN_CAP_BYTES": "5",
+    }  # fmt: skip
 
 
 def test_strangers() -> None:

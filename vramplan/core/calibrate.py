@@ -107,8 +107,8 @@ def timed_step(measurement: Measurement) -> Timed | None:
 def fit_speed(rows: Sequence[Timed], flops_per_s: int, bandwidth_bytes_per_s: int) -> SpeedFactors:
     """The factors with the least squared errors of the logarithm of time, large errors counting less.
 
-    A descent along one factor at a time and along both shares together: the time is a maximum of two sums, smooth
-    nowhere in particular, and there are four factors. What no row depends on stays at its default.
+    A descent along one factor at a time: the time is a maximum, not smooth, and there are only four. What no row
+    depends on stays at its default.
     """
     start = SpeedFactors()
     names = tuple(LIMITS)
@@ -133,22 +133,17 @@ def _huber(error: float) -> float:
     return size * size if size <= ROBUST else ROBUST * (2 * size - ROBUST)
 
 
-DIRECTIONS = ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 1, 0, 0), (1, -1, 0, 0))
-
-
 def _descend(
     loss: Callable[[Sequence[float]], float], point: list[float], limits: Sequence[tuple[float, ...]]
 ) -> list[float]:
-    """Steps that improve are taken, and halved when none does."""
+    """Steps along one coordinate that improve are taken, and halved when none does."""
     best, length = loss(point), 0.5
     while length > 1e-4:
         improved = False
-        for direction in DIRECTIONS:
-            for sign in (length, -length):
-                moved = [
-                    min(max(x + sign * part, low), high)
-                    for x, part, (low, high) in zip(point, direction, limits, strict=True)
-                ]
+        for axis, (low, high) in enumerate(limits):
+            for step in (length, -length):
+                moved = list(point)
+                moved[axis] = min(max(point[axis] + step, low), high)
                 found = loss(moved)
                 if found < best - 1e-12:
                     point, best, improved = moved, found, True
