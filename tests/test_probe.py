@@ -163,6 +163,18 @@ def test_the_next_plan_needs_enough_less(usable: int, over: float | None, last: 
         assert judge(following.ledger, card) == following.verdict != "does_not_fit"
 
 
+def test_a_longest_context_that_does_not_fit_is_shortened(fit: Fit, bench: Bench) -> None:
+    """No candidate is for this length: the same levers with fewer tokens are the next best."""
+    result = fit("oom() if turn == 0 else finish()\n", "--objective", "context", "--seq-len", 8192)
+    assert result.code == 0 and result.plan.verified
+    tried = [bench.played(turn)["seq_len"] for turn in range(bench.count())]
+    assert len(tried) == 2 and tried[0] > tried[1] == result.plan.run.seq_len and tried[1] % 128 == 0
+    assert f"rows of {tried[1]:,} tokens" in result.plan.reason
+    failed, _ = result.plan.probes
+    assert result.plan.headroom_bytes >= STEP_SHARE * result.plan.budget_bytes
+    assert result.plan.ledger.peak.allocated_bytes < failed.predicted_bytes
+
+
 def _fields(card: Any) -> dict[str, Any]:
     return {name: getattr(card, name) for name in card.__dataclass_fields__}
 

@@ -97,7 +97,7 @@ class Prober:
                 display.on_event({"event": "phase", "name": "probe", "message": text})
 
             place = Place(card=self.here, nvml=self.nvml, index=self.index, on_event=display.on_event, log=_show_log)
-            return verify(plan, place, say, capped=self.named)
+            return verify(plan, place, say, capped=self.named, shorten=self.params["objective"] == "context")
 
 
 def _show_log(text: str) -> None:

@@ -5,26 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from vramplan.core import timeline
 from vramplan.core.ledger import estimate
 from vramplan.core.parallel import nccl_bytes
-from vramplan.core.plan import judge
-from vramplan.core.types import Candidate, Plan, Probe, Unplannable
+from vramplan.core.plan import judge, largest
+from vramplan.core.speed import tokens_per_s
+from vramplan.core.types import Candidate, Plan, Probe, RunSpec, Unplannable
 from vramplan.core.units import human
 from vramplan.errors import VramplanError
 from vramplan.launch.probing import Place, Played, most, play, probe_run
 from vramplan.launch.tenants import wait_until_quiet
 
 MOST_PROBES = 3  # two in the usual case
+BLOCK = 128  # tokens by which a sequence is shortened
 STEP_SHARE = 0.05  # of the budget: a candidate that needs less by so much may fit where one did not
 
 Say = Callable[[str], None]
 
 
-def verify(plan: Plan, place: Place, say: Say, *, capped: bool = False) -> tuple[Plan, VramplanError | None]:
+def verify(
+    plan: Plan, place: Place, say: Say, *, capped: bool = False, shorten: bool = False
+) -> tuple[Plan, VramplanError | None]:
     """(the plan with what its probe measured, or the next best that fits; why there was no end, if there was none).
 
-    "does_not_fit" if none fits. `capped`: the budget is that of another, smaller card, to which PyTorch is held. Where
-    others came or grew meanwhile a probe proves nothing: its plan stays as it was, unverified.
+    "does_not_fit" if none fits. `capped`: the budget is that of another, smaller card, to which PyTorch is held.
+    `shorten`: the plan is for the longest sequence, so that a shorter one is a next best too. Where others came or grew
+    meanwhile a probe proves nothing: its plan stays as it was, unverified.
     """
     probes: list[Probe] = []
     while True:
@@ -39,7 +45,7 @@ def verify(plan: Plan, place: Place, say: Say, *, capped: bool = False) -> tuple
         if probe.fits or probe.disturbances:
             return replace(plan, verified=probe.fits and not probe.disturbances, probes=tuple(probes)), None
         left = MOST_PROBES - len(probes)
-        following = next_plan(plan, probe, last=left == 1) if left else None
+        following = next_plan(plan, probe, last=left == 1, shorten=shorten) if left else None
         if following is None:
             return _refuted(plan, probes), None
         say(f"{batch_text(plan)}: {why(probe, plan.budget_bytes)}")
@@ -49,7 +55,8 @@ def verify(plan: Plan, place: Place, say: Say, *, capped: bool = False) -> tuple
 def batch_text(plan: Plan) -> str:
     run = plan.run
     offload = ", offloaded" if run.levers.checkpoint_offload else ""
-    return f"{run.micro_batch_size} x {run.accumulation} with checkpointing {run.levers.checkpointing}{offload}"
+    batch = f"{run.micro_batch_size} x {run.accumulation} rows of {run.seq_len:,} tokens"
+    return f"{batch} with checkpointing {run.levers.checkpointing}{offload}"
 
 
 def why(probe: Probe, budget_bytes: int) -> str:
@@ -74,7 +81,8 @@ def probe_of(plan: Plan, played: Played, outside_bytes: int, cap_bytes: int | No
     process = most(measured, "process_bytes") if played.finished and cap_bytes is None else None
     over = process is not None and process > plan.budget_bytes
     rate = measured.tokens_per_s if measured is not None and played.finished and speed else 0.0
-    candidate = next((c for c in plan.candidates if _is(c, plan)), None)
+    model, gpu = plan.ledger.model, plan.gpu
+    predicted = tokens_per_s(model, plan.run, gpu, timeline.play(model, plan.run, gpu)) if speed else None
     return Probe(
         levers=plan.run.levers,
         micro_batch_size=plan.run.micro_batch_size,
@@ -86,43 +94,53 @@ def probe_of(plan: Plan, played: Played, outside_bytes: int, cap_bytes: int | No
         process_bytes=process,
         allocated_bytes=most(measured, "peak_bytes") if played.finished else None,
         reserved_bytes=most(measured, "reserved_bytes") if played.finished else None,
-        predicted_tokens_per_s=candidate.tokens_per_s if candidate is not None and speed else None,
+        predicted_tokens_per_s=predicted,
         tokens_per_s=round(rate) or None,
         cap_bytes=cap_bytes,
         disturbances=played.disturbances,
     )
 
 
-def _is(candidate: Candidate, plan: Plan) -> bool:
-    run = plan.run
-    ours = (run.levers, run.micro_batch_size, run.accumulation)
-    return (candidate.levers, candidate.micro_batch_size, candidate.accumulation) == ours
-
-
 # ------------------------------------------------------------------------------------------------- the next best
-def next_plan(plan: Plan, failed: Probe, *, last: bool = False) -> Plan | None:
+def next_plan(plan: Plan, failed: Probe, *, last: bool = False, shorten: bool = False) -> Plan | None:
     """The fastest other candidate that needs enough less than the one that failed; None if there is none.
 
-    Where it is the last that will be tried, the smallest.
+    Where it is the last that will be tried, the smallest. With `shorten` a shorter sequence where no candidate will do.
     """
     excess = max((failed.process_bytes or 0) - plan.budget_bytes, 0)
     most_bytes = plan.ledger.peak.device_bytes - max(int(STEP_SHARE * plan.budget_bytes), excess)
     able = [c for c in plan.candidates if c.verdict != "does_not_fit" and c.device_bytes <= most_bytes]
     for candidate in sorted(able, key=lambda c: c.device_bytes if last else -(c.tokens_per_s or 0)):
-        taken = _take(plan, candidate, failed)
+        taken = _take(plan, _with(plan.run, candidate), failed, candidate.tokens_per_s)
         if taken is not None and taken.ledger.peak.device_bytes <= most_bytes:
             return taken
-    return None
+    return _shorter(plan, failed, most_bytes) if shorten else None
 
 
-def _take(plan: Plan, candidate: Candidate, failed: Probe) -> Plan | None:
-    """The plan with another candidate's run, priced exactly; None if it cannot be."""
-    run = replace(
-        plan.run,
+def _with(run: RunSpec, candidate: Candidate) -> RunSpec:
+    return replace(
+        run,
         levers=candidate.levers,
         micro_batch_size=candidate.micro_batch_size,
         accumulation=candidate.accumulation,
     )
+
+
+def _shorter(plan: Plan, failed: Probe, most_bytes: int) -> Plan | None:
+    """The longest sequence that needs at most so much, in steps of `BLOCK` tokens."""
+
+    def with_blocks(n: int) -> RunSpec:
+        return replace(plan.run, seq_len=BLOCK * n)
+
+    def fits(n: int) -> bool:
+        return estimate(plan.ledger.model, with_blocks(n), plan.gpu).peak.device_bytes <= most_bytes
+
+    blocks = largest(fits, (plan.run.seq_len - 1) // BLOCK)
+    return _take(plan, with_blocks(blocks), failed) if blocks else None
+
+
+def _take(plan: Plan, run: RunSpec, failed: Probe, modelled: int | None = None) -> Plan | None:
+    """The plan with another run, priced exactly; None if it cannot be."""
     try:
         ledger = estimate(plan.ledger.model, run, plan.gpu)
     except Unplannable:
@@ -133,7 +151,7 @@ def _take(plan: Plan, candidate: Candidate, failed: Probe) -> Plan | None:
     need = ledger.peak.device_bytes
     taken = replace(plan, run=run, ledger=ledger, verdict=verdict, headroom_bytes=plan.budget_bytes - need)
     less = human(plan.ledger.peak.device_bytes - need)
-    speed = f", about {candidate.tokens_per_s:,} tokens/s (modelled)" if candidate.tokens_per_s else ""
+    speed = f", about {modelled:,} tokens/s (modelled)" if modelled else ""
     reason = (
         f"on the card {batch_text(plan)} {_past(failed)}; {batch_text(taken)} is the next best, which needs {less} "
         f"less{speed}"
