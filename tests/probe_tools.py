@@ -39,6 +39,9 @@ class FakeNvml:
         found: dict[str, Any] = json.loads(self.state.read_text())
         return found
 
+    def count(self) -> int:
+        return 1
+
     def gpu(self, index: int) -> GpuProfile:
         assert index == 0
         return self.card

@@ -346,12 +346,14 @@ def test_a_card_that_is_too_small_cannot_stand_in(fit: Fit, bench: Bench) -> Non
     assert "too little to stand in for rtx-4090" in result.error
 
 
-def test_another_card_of_the_machine_is_the_childs_first(bench: Bench) -> None:
-    nvml = SimpleNamespace(uuid=lambda index: f"GPU-{index}")
-    assert _environment(Place(card=CARD, nvml=nvml), None) == {}
-    assert _environment(Place(card=CARD, nvml=nvml, index=2), 5) == {
-        "CUDA_VISIBLE_DEVICES": "GPU-2", "VRAMPLAN_CAP_BYTES": "5",
+@pytest.mark.parametrize("index", [0, 2])
+def test_one_of_several_cards_is_the_childs_first(index: int) -> None:
+    nvml = SimpleNamespace(uuid=lambda index: f"GPU-{index}", count=lambda: 3)
+    assert _environment(Place(card=CARD, nvml=nvml, index=index), 5) == {
+        "CUDA_VISIBLE_DEVICES": f"GPU-{index}", "VRAMPLAN_CAP_BYTES": "5",
     }  # fmt: skip
+    nvml = SimpleNamespace(count=lambda: 1)
+    assert _environment(Place(card=CARD, nvml=nvml), None) == {}
 
 
 def test_strangers() -> None:

@@ -92,8 +92,8 @@ def play(run: RunSpec, place: Place, *, cap_bytes: int | None = None) -> Played:
 
 
 def _environment(place: Place, cap_bytes: int | None) -> dict[str, str]:
-    """The child takes the first visible card, which is then this one."""
-    chosen = {} if place.index == 0 else {"CUDA_VISIBLE_DEVICES": place.nvml.uuid(place.index)}
+    """The child takes CUDA's first card, which is then this one: of several, CUDA's order may not be the driver's."""
+    chosen = {} if place.nvml.count() == 1 else {"CUDA_VISIBLE_DEVICES": place.nvml.uuid(place.index)}
     return chosen if cap_bytes is None else {**chosen, CAP_VARIABLE: str(cap_bytes)}
 
 
