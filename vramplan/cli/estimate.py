@@ -26,7 +26,7 @@ def command(**params: Any) -> int:
         raise InputError("--full-depth is about tracing", "add --trace")
     if params["trace"] and params["gpus"] > 1:
         raise InputError("--trace plays one GPU", "leave out --gpus, or --trace")
-    cards = _able(build.cards(params["gpu"]), packing=params["packing"])
+    cards = _able(build.cards(params["gpu"], params["calibration"]), packing=params["packing"])
     chip = next((card for card, named in cards if named), None)
     ledger, spec = _traced(params, chip) if params["trace"] else _played(params, chip)
     verdicts = _judge(ledger, spec, [card for card, _ in cards])
