@@ -20,6 +20,7 @@ from vramplan.core.types import (
     Peak,
     PhasePeak,
     Plan,
+    Probe,
     Resident,
     RunSpec,
 )
@@ -175,6 +176,18 @@ def make_plan(**changes: Any) -> Plan:
         reason="fastest of 3 combinations that were priced", candidates=(chosen, other, over),
     )  # fmt: skip
     return replace(plan, **changes)
+
+
+def make_probe(plan: Plan, **changes: Any) -> Probe:
+    """What a card could have said of `plan`: it fits, a little larger and slower than predicted."""
+    run, peak = plan.run, plan.ledger.peak
+    value = Probe(
+        levers=run.levers, micro_batch_size=run.micro_batch_size, accumulation=run.accumulation, ended="finished",
+        fits=True, predicted_bytes=peak.allocated_bytes, predicted_process_bytes=peak.device_bytes,
+        process_bytes=peak.device_bytes + 90 * MIB, allocated_bytes=peak.allocated_bytes + MIB,
+        reserved_bytes=peak.reserved_bytes, predicted_tokens_per_s=3400, tokens_per_s=3290,
+    )  # fmt: skip
+    return replace(value, **changes)
 
 
 def make_measurement(**changes: Any) -> Measurement:

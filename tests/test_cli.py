@@ -287,7 +287,6 @@ def test_bad_input_is_one_line_and_exit_2(cli: Cli, rooms: Rooms, flags: str, ex
         (("estimate", "llama-2-7bb"), "llama-2-7b"),
         (("fit", "llama-2-7b", "--gpu", "rtx-4090"), "--effective-batch-size"),
         (("fit", "llama-2-7b", "--effective-batch-size", "0"), "--effective-batch-size must be"),
-        (("fit", "llama-2-7b", "--effective-batch-size", "4", "--gpu", "rtx-4090", "--probe"), "not in this version"),
         (("fit", "llama-2-7b", "--effective-batch-size", "4", "--gpu", "rtx-4090", "-o", "no/p.json"), "-o no/p.json"),
         (("train",), "MODEL is missing"),
         (("train", "llama-2-7b"), "--data is missing"),

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fake_nvml
@@ -453,6 +454,22 @@ def test_sampling_while_a_run_goes_on(machine: Machine) -> None:
         assert nvml.used_bytes(0) == 5000 * MIB
         assert nvml.process_bytes(0, 7) == 4900 * MIB
     assert (fake.opened, fake.closed) == (1, 1)
+
+
+def test_who_else_is_on_the_card_and_whether_it_computes(
+    machine: Callable[..., FakeNvml], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu.os, "getpid", lambda: 4242)
+    mine = process(4242, 9 * MIB)
+    rates = SimpleNamespace(gpu=37, memory=5)
+    machine(card(), card(compute=[process(7, 300 * MIB), process(8, None), mine]),
+            nvmlDeviceGetUtilizationRates=lambda handle: rates)  # fmt: skip
+    with gpu.Nvml() as nvml:
+        assert nvml.sizes(1) == {7: 300 * MIB, 8: None}
+        assert (nvml.busy_percent(1), nvml.process_name(7), nvml.uuid(1)) == (37, "program-7", "GPU-1a1b")
+    machine(card(), nvmlDeviceGetUtilizationRates=fail("NOT_SUPPORTED"))
+    with gpu.Nvml() as nvml:
+        assert nvml.busy_percent(0) is None
 
 
 # ------------------------------------------------------------------------------------------------- cards as files

@@ -29,16 +29,18 @@ from factories import (
     make_offer,
     make_plan,
     make_priced,
+    make_probe,
     make_run,
     make_verdict,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vramplan.core.types import Levers
+from vramplan.core.types import Calibration, Levers, SpeedFactors
 from vramplan.core.units import GIB, MIB
 from vramplan.report import payload, rows, tables
 from vramplan.report.audit import show_audit
+from vramplan.report.calibrate import LiveBar, PlainBar, make_bar, show_calibration
 from vramplan.report.compare import compare
 from vramplan.report.estimate import headline, one_card, show_estimate
 from vramplan.report.fit import show_fit, shown
@@ -79,6 +81,17 @@ def draw(show: Callable[..., None], *args: object, encoding: str = "utf-8", **op
 
 CARDS = (make_gpu(), make_gpu("t4", 15360 * MIB, 14912 * MIB, bf16_flops_per_s=None, usable_basis="measured"))
 NO_FIT = make_plan(verdict="does_not_fit", budget_bytes=3 * GIB, reason="", advice=("--seq-len 512 needs 2.90 GiB",))
+FAILED = make_probe(
+    make_plan(), micro_batch_size=8, accumulation=2, levers=Levers(checkpointing="none"), ended="oom", fits=False,
+    process_bytes=None, allocated_bytes=None, reserved_bytes=None, tokens_per_s=None,
+)  # fmt: skip
+PROBED = make_plan(verified=True, probes=(FAILED, make_probe(make_plan())))
+REFUTED = make_plan(verdict="does_not_fit", reason="predicted to fit, but the probe did not", probes=(FAILED,))
+TUNED = Calibration(
+    card="NVIDIA H100 80GB HBM3", total_bytes=85520809984, versions=(("driver", "580"), ("torch", "2.11.0")),
+    context_bytes=612 * MIB, reserved_factor=1.02, speed=SpeedFactors(matmul_share=0.61), rows=9, made="2026-01-02",
+    error=0.071,
+)  # fmt: skip
 MODELS = (("llama-2-7b", make_model(), 6_738_415_616, "meta-llama/Llama-2-7b-hf"),)
 
 OOM = {
@@ -127,6 +140,9 @@ VIEWS: dict[str, tuple[Callable[..., None], tuple[object, ...]]] = {
     "choice": (show_choice, (make_model(), make_run(), make_choice())),
     "fit": (show_fit, (make_plan(),)),
     "fit_impossible": (show_fit, (NO_FIT,)),
+    "fit_probed": (show_fit, (PROBED,)),
+    "fit_refuted": (show_fit, (REFUTED,)),
+    "calibrate": (lambda stream, found, width: show_calibration(stream, found, "h100.json", width=width), (TUNED,)),
     "audit": (lambda stream, event, width: show_audit(tables.console(stream, width), event), (AUDIT,)),
     "train": (show_result, (make_ledger(), make_measurement(), "runs/first/adapter")),
     "train_gpus": (show_result, (TOGETHER, MEASURED_TOGETHER, "runs/first/adapter")),
@@ -485,6 +501,19 @@ def test_the_live_bar_draws_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> No
         display.on_event(STEP)
     assert "3/60" in stream.text and "[red]not markup" in stream.text
     assert isinstance(make_display(Terminal(), GIB), PlainDisplay)
+
+
+def test_the_bar_of_a_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    terminal, file = Terminal(tty=True), Terminal()
+    for stream, kind in ((terminal, LiveBar), (file, PlainBar)):
+        with make_bar(stream, 100) as bar:
+            assert isinstance(bar, kind)
+            bar.step(2, 9, "wide 1 x 2048", 75.0)
+            bar.say("left out: [red]")
+            bar.step(9, 9, "", 0.0)
+        assert "wide 1 x 2048  0:01:15 left" in stream.text and "left out: [red]" in stream.text
+    assert file.text.startswith("3/9  ")
 
 
 # ------------------------------------------------------------------------------------------------------------ JSON

@@ -22,6 +22,7 @@ COMMANDS = {
     "train": "Run QLoRA fine-tuning and print what it used beside the prediction.",
     "merge": "Merge an adapter into its base model, without a GPU.",
     "measure": "Measure a few steps on this machine's card, beside the prediction.",
+    "calibrate": "Measure overheads and speed of this machine's card once, for its plans.",
     "diagnose": "Say why a run went out of memory, and which change fixes it.",
     "gpus": "List the stored cards and this machine's.",
     "models": "List the built-in models.",

@@ -28,12 +28,6 @@ def warn(*texts: str) -> None:
         click.echo(f"warning: {text}", err=True)
 
 
-def not_yet(params: Params, name: str) -> None:
-    """Refuse a flag of the contract that this version does not have."""
-    if params.get(name):
-        raise InputError(f"--{name.replace('_', '-')} is not in this version")
-
-
 def model_spec(params: Params) -> ModelSpec:
     """The model named by MODEL. `InputError` if nothing of that name can be read."""
     from vramplan.sources.hf_config import load_model
@@ -41,14 +35,14 @@ def model_spec(params: Params) -> ModelSpec:
     return load_model(params["model"], trust_remote_code=params["trust_remote_code"])
 
 
-def cards(names: tuple[str, ...]) -> list[tuple[GpuProfile, bool]]:
+def cards(names: tuple[str, ...], calibration: bool = True) -> list[tuple[GpuProfile, bool]]:
     """--gpu names -> (card, was it named), each card once; "all" stands for the stored ones, "live" for this one."""
     from vramplan.sources.profiles import gpu_names
 
     found: dict[str, tuple[GpuProfile, bool]] = {}
     for name in sorted(names, key=lambda name: name == "all"):  # named cards first: the first is the chip assumed
         for key in gpu_names() if name == "all" else (name,):
-            profile = card(key)
+            profile = card(key, calibration=calibration)
             found.setdefault(profile.key, (profile, name != "all"))
     return list(found.values())
 
@@ -65,15 +59,29 @@ def able(cards: list[tuple[GpuProfile, bool]], *, packing: bool) -> list[tuple[G
     return [(card, named) for card, named in cards if card.key not in old]
 
 
-def card(name: str, index: int = 0) -> GpuProfile:
-    """A stored card by name, or this machine's card for "live"."""
+def card(name: str, index: int = 0, calibration: bool = True) -> GpuProfile:
+    """A stored card by name, or this machine's card for "live", with its calibration if that is wanted."""
     from vramplan.sources.profiles import load_gpu
 
     if name != "live":
         return load_gpu(name)
     from vramplan.sources.gpu import live_gpu
 
-    return live_gpu(index)
+    return calibrated(live_gpu(index), calibration)
+
+
+def calibrated(live: GpuProfile, wanted: bool = True) -> GpuProfile:
+    """This machine's card with what `vramplan calibrate` has measured on it, and a note that it is so."""
+    if not wanted:
+        return live
+    from vramplan.sources.calibration import apply
+
+    profile, told, warning = apply(live)
+    if told:
+        note(told)
+    if warning:
+        warn(warning)
+    return profile
 
 
 class Outline(NamedTuple):

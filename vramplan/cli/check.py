@@ -14,7 +14,8 @@ from vramplan.errors import DOES_NOT_FIT, OK
 
 @click.command("check", cls=options.SectionCommand, epilog="Example: vramplan check llama-2-7b --batch-size 2")
 @click.argument("model", required=False)
-@options.use(options.BATCH, options.RUN, options.LORA, options.LEVERS, options.GPU_INDEX, options.OUTPUT)
+@options.use(options.BATCH, options.RUN, options.LORA, options.LEVERS, options.GPU_INDEX, options.CALIBRATION,
+             options.OUTPUT)  # fmt: skip
 def command(**params: Any) -> int:
     """Show who holds what of this machine's card, and whether fine-tuning MODEL fits what is free."""
     from vramplan.core.check import check
@@ -22,7 +23,7 @@ def command(**params: Any) -> int:
 
     spec = build.model_spec(params) if params["model"] else None
     run = build.run_spec(params, spec) if spec else None
-    found = check(live_gpu(params["gpu_index"]), spec, run)
+    found = check(build.calibrated(live_gpu(params["gpu_index"]), params["calibration"]), spec, run)
     if found.ledger is not None:
         build.warn(*found.ledger.warnings)
     if params["as_json"]:

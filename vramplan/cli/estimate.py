@@ -29,7 +29,7 @@ def command(**params: Any) -> int:
     if params["trace"] and params["price"]:
         raise InputError("--price is for runs that are played, not traced", "leave out --trace, or --price")
     names = params["gpu"] or (("all",) if params["price"] else ())
-    cards = build.able(build.cards(names), packing=params["packing"])
+    cards = build.able(build.cards(names, params["calibration"]), packing=params["packing"])
     chip = next((card for card, named in cards if named), None)
     if not params["trace"] and ("all" in names or params["price"]):
         return _guide(params, cards, chip)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from vramplan.cli import build, options, runner
 from vramplan.cli.output import print_json
-from vramplan.core.types import Plan
+from vramplan.core.types import GpuProfile, Lengths, ModelSpec, Plan, RunSpec
 from vramplan.errors import DOES_NOT_FIT, OK, InputError
+
+if TYPE_CHECKING:
+    from vramplan.cli.probing import Prober
 
 WORTH_PACKING = 1.15  # times as fast: then it is said
 EXAMPLE = "Example: vramplan fit llama-2-7b --effective-batch-size 16 --gpu rtx-4090 -o plan.json"
@@ -20,30 +24,59 @@ EXAMPLE = "Example: vramplan fit llama-2-7b --effective-batch-size 16 --gpu rtx-
 
 @click.command("fit", cls=options.SectionCommand, epilog=EXAMPLE)
 @click.argument("model")
-@options.use(options.FIT, options.ONE_GPU, options.GPU_INDEX, options.RUN, options.LORA, options.LEVERS, options.DATA,
-             options.OUTPUT)  # fmt: skip
+@options.use(options.FIT, options.ONE_GPU, options.GPU_INDEX, options.CALIBRATION, options.RUN, options.LORA,
+             options.LEVERS, options.DATA, options.OUTPUT)  # fmt: skip
 def command(**params: Any) -> int:
     """Choose the levers and the micro-batch with which MODEL trains best on one card."""
-    from vramplan.core.plan import plan as make_plan
-
-    build.not_yet(params, "probe")
     target = Path(params["output"]) if params["output"] else None
     if target is not None and (target.is_dir() or not target.parent.is_dir()):
         raise InputError(f"-o {target} cannot be written", "name a file in a folder that exists")
-    card = build.card(params["gpu"], params["gpu_index"])
     spec = build.model_spec(params)
+    run, lengths = _run(params, spec)
+    with ExitStack() as stack:
+        prober = _prober(params, stack)
+        card = prober.card() if prober else build.card(params["gpu"], params["gpu_index"], params["calibration"])
+        plan = _plan(params, spec, run, card, lengths)
+        plan = prober.verified(plan) if prober else plan
+    _show(plan, target, params)
+    if prober is not None and prober.failure is not None:
+        prober.tell_failure()
+        return prober.failure.exit_code
+    return OK if plan.verdict != "does_not_fit" else DOES_NOT_FIT
+
+
+def _run(params: build.Params, spec: ModelSpec) -> tuple[RunSpec, Lengths | None]:
+    """The run that is asked for, and how long its rows are where it names data."""
     run = build.run_spec({**params, "effective_batch_size": None}, spec)
-    lengths = None
-    if params["data"]:
-        run = replace(
-            run, data=build.data_spec(params), model_path=params["model_path"] or runner.weights_of(run.model)
-        )
-        lengths = runner.read_lengths(run, width=params["width"])
+    if not params["data"]:
+        return run, None
+    weights = params["model_path"] or runner.weights_of(run.model)
+    run = replace(run, data=build.data_spec(params), model_path=weights)
+    return run, runner.read_lengths(run, width=params["width"])
+
+
+def _plan(params: build.Params, spec: ModelSpec, run: RunSpec, card: GpuProfile, lengths: Lengths | None) -> Plan:
+    """The plan, and warnings about it on stderr."""
+    from vramplan.core.plan import plan as make_plan
+
     free, wanted = _free(params), (params["effective_batch_size"], params["objective"])
     plan = make_plan(spec, run, card, *wanted, free=free, lengths=lengths)
     build.warn(*plan.ledger.warnings)
     if lengths is not None:
         _say_packed(plan, make_plan(spec, replace(plan.run, packing=True), card, *wanted, free=free))
+    return plan
+
+
+def _prober(params: build.Params, stack: ExitStack) -> Prober | None:
+    if not params["probe"]:
+        return None
+    from vramplan.cli.probing import Prober
+
+    return stack.enter_context(Prober(params))
+
+
+def _show(plan: Plan, target: Path | None, params: build.Params) -> None:
+    """Write the plan, unless nothing fits, and print it."""
     fits = plan.verdict != "does_not_fit"
     if fits and target is not None:
         from vramplan.sources.records import write_json
@@ -57,7 +90,6 @@ def command(**params: Any) -> int:
         from vramplan.report.fit import show_fit
 
         show_fit(sys.stdout, plan, written=str(target) if fits and target else None, width=params["width"])
-    return OK if fits else DOES_NOT_FIT
 
 
 def _free(params: build.Params) -> tuple[str, ...]:

@@ -276,8 +276,14 @@ LEVERS: Section = (
     _lever("--allocator", type=click.Choice(ALLOCATORS), help="PyTorch's allocator, expandable segments or not."),
 )  # fmt: skip
 
+CALIBRATION: Section = (
+    _card("--calibration/--no-calibration", default=True, show_default=True,
+          help="Use what vramplan calibrate has measured on this machine's card."),
+)  # fmt: skip
+
 GPUS: Section = (
     _card("--gpu", "gpu", multiple=True, metavar="NAME|all|live", help="Judge these cards; may be repeated."),
+    *CALIBRATION,
 )
 
 PRICES: Section = (
@@ -343,7 +349,7 @@ FIT: Section = (
     _run("--effective-batch-size", type=Whole(), required=True, help="Micro-batch x accumulation, exactly."),
     _run("--objective", type=click.Choice(("speed", "memory", "context")), default="speed", show_default=True,
          help="What to make the most of."),
-    _run("--probe", is_flag=True, help="Try the plan on the card first (not in this version)."),
+    _run("--probe", is_flag=True, help="Try the plan on this machine's card, in a short run of its own."),
     _out("-o", "--output", metavar="FILE", help="Write the plan, for vramplan train."),
 )  # fmt: skip
 
@@ -366,6 +372,11 @@ MEASURE: Section = (
     _out("-o", "--output", metavar="FILE", default="measurements.jsonl", show_default=True,
          help="Append the measurement here, as one line."),
 )  # fmt: skip
+
+CALIBRATE: Section = (
+    _out("--show", is_flag=True, help="Show what was measured before, and measure nothing."),
+    _out("--forget", is_flag=True, help="Delete what was measured before."),
+)
 
 QUICKSTART: Section = (
     _out("-o", "--output", metavar="DIR", default="./vramplan-quickstart", show_default=True, help="Where to put it."),

@@ -241,7 +241,7 @@ def estimate(model: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None, unro
     steps = minimum_bytes(sim, kind)
     reserved = max(sim.played.reserved_bytes, loading.reserved_bytes)
     least = max(steps + tails, min(int(loading.peak_bytes * (1 + MARGIN[kind])), reserved))
-    reserved = max(reserved, least)
+    reserved = int(max(reserved, least) * card.reserved_factor)
     nccl = nccl_bytes(run, card)
     lines += [
         Line(key="overhead.allocator", label="fragmentation that cannot be avoided", bytes=steps - allocated,

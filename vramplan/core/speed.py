@@ -1,8 +1,9 @@
 """Tokens per second, modelled: what the played step computes and moves, over what the card can.
 
 Matrix products at a share of the card's dense bf16 rate; every tensor born in the step written once and read twice at
-a share of its memory bandwidth; and never faster than the CPU can launch one kernel per tensor. The three shares are
-read off `profiles/calibration` rows of one card (docs/measurements); treat the result as a guide, not a promise.
+a share of its memory bandwidth; and never faster than the CPU can launch one kernel per tensor. The shares are the
+card's `SpeedFactors`: read off the rows of one card (docs/measurements) unless `vramplan calibrate` has measured them;
+treat the result as a guide, not a promise.
 
 Several cards work at the pace of one, wait for the sum of the gradients once per step (a ring: twice the bytes over the
 link), and where they share the weights out, for the gathering of layers that does not hide behind the computing. The
@@ -11,20 +12,33 @@ link is taken to be PCIe: cards with NVLink are faster.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from . import architecture as arch
 from .fused import graphed, is_fused, skips_last
 from .parallel import layer_matrices, shards
 from .resident import lora_bytes
 from .timeline import checkpoint_period
-from .types import GpuProfile, ModelSpec, RunSpec
+from .types import GpuProfile, ModelSpec, RunSpec, SpeedFactors
 from .unroll import Unrolled
 
-MATMUL_SHARE, BANDWIDTH_SHARE = 0.75, 0.75
 LINK_SHARE, LINK_BYTES_PER_S = 0.75, 16 * 10**9  # of the card's PCIe rate; what is taken where that is not known
 TOUCHES = 3  # a tensor is written once and read twice
-# Per tensor born: Python, dispatch and launch on one core, PEFT's wrappers included; or, where a micro-step of fused
-# layers is started as one CUDA graph, what its smallest kernels take.
-LAUNCH_SECONDS, GRAPHED_SECONDS = 42e-6, 16e-6
+
+
+class Work(NamedTuple):
+    """What one micro-step gives the card to do."""
+
+    flops: int
+    traffic_bytes: float
+    kernels: float
+    graphed: bool
+
+    def seconds(self, speed: SpeedFactors, flops_per_s: int, bandwidth_bytes_per_s: int) -> float:
+        compute = self.flops / (speed.matmul_share * flops_per_s)
+        traffic = self.traffic_bytes / (speed.bandwidth_share * bandwidth_bytes_per_s)
+        each = speed.graphed_seconds if self.graphed else speed.launch_seconds
+        return max(compute + traffic, self.kernels * each)
 
 
 def step_flops(model: ModelSpec, run: RunSpec) -> int:
@@ -47,17 +61,25 @@ def step_flops(model: ModelSpec, run: RunSpec) -> int:
     return tokens * (forward + backward + head)
 
 
-def tokens_per_s(model: ModelSpec, run: RunSpec, gpu: GpuProfile, unrolled: Unrolled) -> int | None:
-    """Modelled training speed of all cards together; None when the card's rates are not known."""
-    flops = gpu.bf16_flops_per_s or gpu.fp16_flops_per_s
-    if not flops or not gpu.bandwidth_bytes_per_s:
-        return None
+def work(model: ModelSpec, run: RunSpec, unrolled: Unrolled) -> Work:
+    """The work of one micro-step, its share of the optimizer's step included."""
     born, kernels = unrolled.births()
     micro_steps = min(run.accumulation, 2)  # what was played
-    compute = step_flops(model, run) / (MATMUL_SHARE * flops)
-    traffic = TOUCHES * born / micro_steps / (BANDWIDTH_SHARE * gpu.bandwidth_bytes_per_s)
-    each = GRAPHED_SECONDS if graphed(model, run) else LAUNCH_SECONDS
-    seconds = max(compute + traffic, kernels / micro_steps * each)
+    return Work(step_flops(model, run), TOUCHES * born / micro_steps, kernels / micro_steps, graphed(model, run))
+
+
+def rates(gpu: GpuProfile) -> tuple[int, int] | None:
+    """(floating-point operations, bytes) per second of the datasheet; None where one is not known."""
+    flops = gpu.bf16_flops_per_s or gpu.fp16_flops_per_s
+    return (flops, gpu.bandwidth_bytes_per_s) if flops and gpu.bandwidth_bytes_per_s else None
+
+
+def tokens_per_s(model: ModelSpec, run: RunSpec, gpu: GpuProfile, unrolled: Unrolled) -> int | None:
+    """Modelled training speed of all cards together; None when the card's rates are not known."""
+    known = rates(gpu)
+    if known is None:
+        return None
+    seconds = work(model, run, unrolled).seconds(gpu.speed, *known)
     seconds = with_offload(seconds, model, run, gpu)
     gathering, summing = link_seconds(model, run, gpu)
     seconds = max(seconds, gathering) + summing / run.accumulation

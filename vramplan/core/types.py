@@ -343,12 +343,25 @@ class GpuState(Value):
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
+class SpeedFactors(Value):
+    """How much of its datasheet's rates a card reaches in a training step, and what starting a kernel takes."""
+
+    matmul_share: float = 0.75  # of the dense bf16 rate
+    bandwidth_share: float = 0.75
+    # Per tensor born: Python, dispatch and launch on one core, PEFT's wrappers included; or, where a micro-step of
+    # fused layers is started as one CUDA graph, what its smallest kernels take.
+    launch_seconds: float = 42e-6
+    graphed_seconds: float = 16e-6
+
+
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class GpuProfile(Value):
     """One card, live or stored.
 
     `total_bytes` is NVML's total; `usable_bytes` is what one process may fill, its CUDA context included: CUDA's
     `total_memory` on an idle card, what is free now on a live one. Rates are datasheet peaks, None if unknown.
-    `sources` are (field, where the number was read) pairs.
+    `speed`, `reserved_factor` and the context may be a `Calibration`'s. `sources` are (field, where the number was
+    read) pairs.
     """
 
     key: str
@@ -371,6 +384,27 @@ class GpuProfile(Value):
     state: GpuState | None = None  # of a live card
     source: str = "file"  # file | nvml
     sources: tuple[tuple[str, str], ...] = ()
+    speed: SpeedFactors = field(default_factory=SpeedFactors)
+    reserved_factor: float = 1.0  # what PyTorch reserves with room to spare, over what the replay of it says
+
+
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
+class Calibration(Value):
+    """What `vramplan calibrate` has learned of one card under these libraries: overheads and speed, no tensor's bytes.
+
+    `versions` are those of torch, transformers, peft and bitsandbytes, and the driver's major one. `error` is the mean
+    by which the modelled tokens/s of the rows it was read from are off; None where the card's rates are not known.
+    """
+
+    card: str  # as the driver calls it
+    total_bytes: int
+    versions: tuple[tuple[str, str], ...]
+    context_bytes: int
+    reserved_factor: float
+    speed: SpeedFactors
+    rows: int
+    made: str  # the day, ISO 8601
+    error: float | None = None
 
 
 # ------------------------------------------------------------------------------------------------- the prediction
@@ -588,6 +622,30 @@ class Choice(Value):
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
+class Probe(Value):
+    """What a short run on the real card (`fit --probe`) used, beside what was predicted of it.
+
+    `process_bytes` are all bytes of the process, its CUDA context included. `cap_bytes`: PyTorch was held to this much,
+    as on a smaller card. `disturbances` say what other processes did meanwhile: then the numbers prove nothing.
+    """
+
+    levers: Levers
+    micro_batch_size: int
+    accumulation: int
+    ended: str  # finished | oom
+    fits: bool
+    predicted_bytes: int
+    predicted_process_bytes: int
+    process_bytes: int | None = None
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
+    predicted_tokens_per_s: int | None = None
+    tokens_per_s: int | None = None
+    cap_bytes: int | None = None
+    disturbances: tuple[str, ...] = ()
+
+
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Plan(Value):
     """A run with everything chosen, and why. `micro_batch_size * accumulation` is the effective batch, exactly."""
 
@@ -603,6 +661,7 @@ class Plan(Value):
     advice: tuple[str, ...] = ()  # when it does not fit: the smallest changes that would, nearest first
     verified: bool = False  # a probe on the real card ran it
     lengths: Lengths | None = None  # of the data that it was made for
+    probes: tuple[Probe, ...] = ()  # in the order in which they were made, of this run and of those before it
 
 
 # ------------------------------------------------------------------------------------------------ what happened

@@ -27,6 +27,7 @@ _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 _POLL_S, _SAMPLE_S, _LAST_WORDS_S = 0.1, 1.0, 30.0
 
 OnEvent = Callable[[dict[str, Any]], None]
+OnSample = Callable[[int], None]
 
 
 def launch(
@@ -34,14 +35,18 @@ def launch(
     *,
     resume: bool = False,
     measure: bool = False,
+    probe: bool = False,
     data_only: bool = False,
+    environment: Mapping[str, str] | None = None,
     on_event: OnEvent = lambda event: None,
+    on_sample: OnSample = lambda pid: None,
 ) -> Outcome:
     """Run the child in a folder that `prepare_run_dir` made; returns when it has ended, however it did.
 
-    With `measure` it plays a few steps on random tokens and saves nothing (`train/measure.py`), with `data_only` it
-    reads the data and loads no model.
-    `on_event` gets each event of `progress.jsonl` as it appears. The first Ctrl-C (or SIGTERM) lets the child save its
+    With `measure` it plays a few steps on random tokens and saves nothing (`train/measure.py`), with `probe` it plays
+    the worst batch and an evaluation (`train/probe.py`), with `data_only` it reads the data and loads no model.
+    `environment` is added to the child's. `on_event` gets each event of `progress.jsonl` as it appears, `on_sample` the
+    child's pid, about once a second. The first Ctrl-C (or SIGTERM) lets the child save its
     state, the second ends it. MissingExtra if the training libraries are not installed, InputError if the folder is
     in use or holds no run.
     """
@@ -50,10 +55,11 @@ def launch(
     run = records.read_json(run_dir / "run.json", RunSpec)
     if run.gpus > 1 and not data_only:
         return _launch_several(run, run_dir, resume, on_event)
-    modes = {"--measure": measure, "--data-only": data_only}
+    modes = {"--measure": measure, "--probe": probe, "--data-only": data_only}
     command = [*_command(run_dir, resume), *(flag for flag, wanted in modes.items() if wanted)]
+    outer = {**os.environ, **(environment or {})}
     with Lock(run_dir) as lock:
-        return _Watch(run_dir, on_event, lock).run(command, _environment(run, os.environ), resume)
+        return _Watch(run_dir, on_event, lock, on_sample=on_sample).run(command, _environment(run, outer), resume)
 
 
 def _launch_several(run: RunSpec, run_dir: Path, resume: bool, on_event: OnEvent) -> Outcome:
@@ -120,8 +126,11 @@ def _environment(run: RunSpec, outer: Mapping[str, str]) -> dict[str, str]:
 class _Watch:
     """What the launcher knows of its child."""
 
-    def __init__(self, run_dir: Path, on_event: OnEvent, lock: Lock, gpus: int = 1) -> None:
+    def __init__(
+        self, run_dir: Path, on_event: OnEvent, lock: Lock, gpus: int = 1, on_sample: OnSample = lambda pid: None
+    ) -> None:
         self.run_dir, self.on_event, self.lock, self.gpus = run_dir, on_event, lock, gpus
+        self.on_sample = on_sample
         self.child: subprocess.Popen[bytes] | None = None
         self.ranks: Ranks | None = None
         self.training = False  # the model is loaded and the first step has begun
@@ -181,6 +190,7 @@ class _Watch:
                         card.pid = ranks.pids.get(card.index, child.pid)
                     samples = [size for card in cards if (size := card.sample()) is not None]
                     self.peak_bytes = max(samples, default=None)
+                    self.on_sample(child.pid)
                 time.sleep(_POLL_S)
 
     def _outcome(self, returncode: int, ranks: Ranks, measurement: Measurement | None) -> Outcome:

@@ -92,12 +92,13 @@ class Card:
 
     def sample(self) -> int | None:
         """Look once; returns the most bytes seen so far."""
-        now = self._now()
+        now = self.now()
         if now is not None:
             self.peak = max(now, self.peak or 0)
         return self.peak
 
-    def _now(self) -> int | None:
+    def now(self) -> int | None:
+        """Its bytes at this moment."""
         if self.nvml is None:
             return None
         try:

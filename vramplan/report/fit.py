@@ -14,6 +14,7 @@ from vramplan.core.types import Candidate, Levers, Plan
 from vramplan.core.units import GIB, human
 from vramplan.report import tables
 from vramplan.report.estimate import VERDICT_STARTS
+from vramplan.report.probe import show_probes
 
 SHOWN = 8  # candidates in the table
 
@@ -26,6 +27,7 @@ def show_fit(stream: TextIO, plan: Plan, *, written: str | None = None, width: i
         screen.print(Text(plan.reason, style="dim"))
     if plan.lengths is not None:
         screen.print(Text(rows_text(plan), style="dim"))
+    show_probes(screen, plan)
     if plan.verdict == "does_not_fit":
         if plan.advice:
             screen.print()
@@ -51,6 +53,8 @@ def show_fit(stream: TextIO, plan: Plan, *, written: str | None = None, width: i
 def headline(plan: Plan) -> str:
     """The sentence to act on."""
     need, usable = plan.ledger.peak.device_bytes, plan.budget_bytes
+    if plan.verdict == "does_not_fit" and plan.probes:
+        return f"Does not fit {plan.gpu.key}: {human(need)} predicted, but the card refutes it."
     if plan.verdict == "does_not_fit":
         return f"Does not fit {plan.gpu.key}: the leanest plan needs {human(need)}, {human(usable)} usable."
     batch = f"{plan.run.micro_batch_size} x {plan.run.accumulation} = {plan.effective_batch_size}"

@@ -18,8 +18,8 @@ from typing import Any
 from vramplan.core.types import GpuProfile, GpuState
 from vramplan.errors import InputError, VramplanError
 from vramplan.sources.nvml_calls import ELSEWHERE, Calls, whole, words
-from vramplan.sources.nvml_processes import listed, others
-from vramplan.sources.nvml_state import read_state
+from vramplan.sources.nvml_processes import listed, name_of, others
+from vramplan.sources.nvml_state import busy, read_state
 from vramplan.sources.nvml_visible import Visible, visible
 from vramplan.sources.profiles import find_gpu
 
@@ -86,6 +86,24 @@ class Nvml:
         handle = self._card(index).handle
         found = listed(self._calls, handle, self._memory(handle)[0])
         return next((process.used_bytes for process in found if process.pid == pid), None)
+
+    def sizes(self, index: int = 0) -> dict[int, int | None]:
+        """Bytes of every other process on the card by the number that NVML has for it; None where it has no size."""
+        handle = self._card(index).handle
+        found = listed(self._calls, handle, self._memory(handle)[0])
+        return {p.pid: p.used_bytes for p in found if p.pid is not None and p.pid != os.getpid()}
+
+    def process_name(self, pid: int) -> str | None:
+        """What runs under a number of `sizes`; None where that is not one of here."""
+        return name_of(self._calls, pid)
+
+    def busy_percent(self, index: int = 0) -> int | None:
+        """Share of the last moment (up to a second) in which the card computed; None if NVML cannot say (MIG)."""
+        return busy(self._calls, self._card(index).handle)
+
+    def uuid(self, index: int = 0) -> str:
+        """What CUDA_VISIBLE_DEVICES takes for this card or MIG instance."""
+        return str(words(self._calls.must("nvmlDeviceGetUUID", self._card(index).handle)))
 
     def gpu(self, index: int = 0) -> GpuProfile:
         """The card as it is now: `usable_bytes` is what is free, whoever holds the rest."""

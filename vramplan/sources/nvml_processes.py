@@ -60,16 +60,21 @@ def others(calls: Calls, found: list[Listed], used: int) -> tuple[GpuProcess, ..
         pid = process.pid if process.pid is not None and _is_here(process.pid) else None
         if pid == os.getpid():
             continue
-        name = words(calls.may("nvmlSystemGetProcessName", pid)) if pid is not None else None
         processes.append(
             GpuProcess(
                 pid=pid,
-                name=_program(name) if name else None,
+                name=name_of(calls, pid) if pid is not None else None,
                 used_bytes=process.used_bytes if believed else None,
                 graphics=process.graphics,
             )
         )
     return tuple(sorted(processes, key=lambda process: (-(process.used_bytes or 0), process.pid or 2**32)))
+
+
+def name_of(calls: Calls, pid: int) -> str | None:
+    """The program that runs under this number; None if it is not one of this process's namespace."""
+    name = words(calls.may("nvmlSystemGetProcessName", pid)) if _is_here(pid) else None
+    return _program(name) if name else None
 
 
 def _program(path: str) -> str | None:

@@ -44,7 +44,7 @@ def read_state(calls: Calls, handle: Any, card: Any, name: str, *, certain: bool
         clock_mhz=whole(calls.may("nvmlDeviceGetClockInfo", card, _SM_CLOCK), 1, 10_000),
         max_clock_mhz=whole(calls.may("nvmlDeviceGetMaxClockInfo", card, _SM_CLOCK), 1, 10_000),
         throttled_by=_throttled(calls, card),
-        busy_percent=None if is_instance else _busy(calls.may("nvmlDeviceGetUtilizationRates", card)),
+        busy_percent=None if is_instance else busy(calls, card),
     )
 
 
@@ -69,5 +69,6 @@ def _throttled(calls: Calls, card: Any) -> tuple[str, ...] | None:
     return None if bits is None else tuple(reason for mask, reason in _REASONS if bits & mask)
 
 
-def _busy(rates: Any) -> int | None:
-    return whole(getattr(rates, "gpu", None), 0, 100)
+def busy(calls: Calls, card: Any) -> int | None:
+    """Share of the last moment in which the card computed, in percent."""
+    return whole(getattr(calls.may("nvmlDeviceGetUtilizationRates", card), "gpu", None), 0, 100)

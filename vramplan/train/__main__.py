@@ -1,4 +1,4 @@
-"""`python -m vramplan.train RUN_DIR [--resume | --measure | --data-only]`: the training child.
+"""`python -m vramplan.train RUN_DIR [--resume | --measure | --probe | --data-only]`: the training child.
 
 Reads RUN_DIR/run.json and writes progress.jsonl, measurement.jsonl, log.txt, checkpoints/ and adapter/. Exit codes:
 0 finished, 1 our error, 2 bad input, 4 out of memory, 130 interrupted (state saved). torch is imported only after
@@ -25,8 +25,8 @@ from vramplan.train.outcome import Outcome, StopSignal, outcome_of
 from vramplan.train.place import Place, check_size, place_in
 from vramplan.train.progress import Lock, Progress
 
-FLAGS = ("--resume", "--measure", "--data-only")
-USAGE = "usage: python -m vramplan.train RUN_DIR [--resume | --measure | --data-only]"
+FLAGS = ("--resume", "--measure", "--probe", "--data-only")
+USAGE = "usage: python -m vramplan.train RUN_DIR [--resume | --measure | --probe | --data-only]"
 
 
 def main(arguments: list[str]) -> int:
@@ -67,6 +67,11 @@ def _run(run_dir: Path, flags: list[str], place: Place, console: TextIO) -> int:
             from vramplan.train.measure import cuda_device, measure  # imports torch, as finetune does
 
             message = measure(run, run_dir, cuda_device(), progress=progress, stop=stop)
+        elif "--probe" in flags:
+            from vramplan.train.measure import cuda_device
+            from vramplan.train.probe import probe
+
+            message = probe(run, run_dir, cuda_device(), progress=progress, stop=stop)
         elif "--data-only" in flags:
             from vramplan.train.reading import look_at_data
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ from vramplan.train.trainer import (
     usable_optimizer,
 )
 
+Also = Callable[[QloraTrainer], transformers.TrainerCallback]
+
 DEFAULT_STEPS = 3
 HELD_S = 1.5  # the launcher looks at the card every second: what the last step reserved stays that long
 
@@ -52,24 +54,42 @@ def cuda_device() -> torch.device:
     return torch.device("cuda", 0)
 
 
-def measure(run: RunSpec, run_dir: Path, device: torch.device, *, progress: Progress, stop: StopSignal) -> str:
-    """Build, prepare, wrap, play `run.schedule.max_steps` steps. Every ending leaves a Measurement, failures raise."""
+def measure(
+    run: RunSpec,
+    run_dir: Path,
+    device: torch.device,
+    *,
+    progress: Progress,
+    stop: StopSignal,
+    also: Also | None = None,
+) -> str:
+    """Build, prepare, wrap, play `run.schedule.max_steps` steps. Every ending leaves a Measurement, failures raise.
+
+    `also` gives the trainer one more callback, which then says itself when the memory is looked at.
+    """
     meter = Meter(device, last_step=True)
-    return recorded(meter, run_dir / "measurement.jsonl", lambda: _measure(run, run_dir, meter, progress, stop))
+    return recorded(meter, run_dir / "measurement.jsonl", lambda: _measure(run, run_dir, meter, progress, stop, also))
 
 
-def _measure(run: RunSpec, run_dir: Path, meter: Meter, progress: Progress, stop: StopSignal) -> str:
+def _measure(run: RunSpec, run_dir: Path, meter: Meter, progress: Progress, stop: StopSignal, also: Also | None) -> str:
     refuse_what_is_not_built(run)
     transformers.utils.logging.disable_progress_bar()
     transformers.set_seed(run.schedule.seed)
     model, fused = build_model(run, resolve(run, run_dir), meter, progress)
     with uninstalled(fused):
-        _play(run, run_dir, model, fused, meter, progress, stop)
+        _play(run, run_dir, model, fused, meter, progress, stop, also)
     return f"{meter.steps} steps measured"
 
 
 def _play(
-    run: RunSpec, run_dir: Path, model: Any, fused: Fused | None, meter: Meter, progress: Progress, stop: StopSignal
+    run: RunSpec,
+    run_dir: Path,
+    model: Any,
+    fused: Fused | None,
+    meter: Meter,
+    progress: Progress,
+    stop: StopSignal,
+    also: Also | None,
 ) -> None:
     rows = RandomRows(run, model.get_input_embeddings().num_embeddings)
     head = head_of(model.get_base_model(), fused is not None) if run.levers.loss == "fused" else None
@@ -88,10 +108,13 @@ def _play(
             data_collator=collator,
         )
         trainer.add_callback(Reporter(trainer, progress, stop, len(rows)))
+        if also is not None:
+            trainer.add_callback(also(trainer))
         trainer.train()
     else:
         Loop(run, model, head, trained_parameters(model, fused), rows, arguments, meter, progress).train()
-    _hold(meter)  # here, where the optimizer's state is still alive
+    if also is None:
+        _hold(meter)  # here, where the optimizer's state is still alive
 
 
 def steps_of(run: RunSpec) -> int:
