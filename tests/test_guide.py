@@ -13,7 +13,7 @@ from test_laws import runs, specs
 
 from vramplan.core.guide import choose, lengths, memory_gb, offers, with_cheapest
 from vramplan.core.ledger import estimate
-from vramplan.core.plan import Quick, judge
+from vramplan.core.plan import MAX_BATCH, Quick, judge
 from vramplan.core.recipes import RECIPES
 from vramplan.core.savings import changed, savings
 from vramplan.core.sizes import BEYOND_BYTES, Family, Sizes
@@ -62,7 +62,7 @@ def check(spec: ModelSpec, run: RunSpec, gpu: GpuProfile, found: Offer) -> None:
                 assert not fits(with_levers(chosen, **{name: asked})), name
     batch, longest = found.max_batch_size, found.max_seq_len
     assert not batch or fits(replace(chosen, micro_batch_size=batch))
-    assert not fits(replace(chosen, micro_batch_size=batch + 1))
+    assert batch == MAX_BATCH or not fits(replace(chosen, micro_batch_size=batch + 1))
     context = replace(run, levers=found.context_levers, micro_batch_size=1)
     assert not longest or fits(replace(context, seq_len=longest))
     longer = next((n for n in lengths(spec.max_position_embeddings) if n > longest), None)
@@ -153,6 +153,16 @@ def test_a_single_lever_comes_before_several():
         counts.append(len(changes) if found.verdict != NONE else 99)
     assert counts == sorted(counts)
     assert counts[0] == 0 and 1 in counts and any(1 < n < 99 for n in counts) and counts[-1] == 99
+
+
+def test_what_only_offloading_made_necessary_goes_with_it():
+    """A few tokens take more with their checkpoints in host memory."""
+    spec = replace(model("llama-3.2-1b"), num_layers=4)
+    levers = Levers(upcast="all", loss="full", optimizer="adamw_torch", attention="eager")
+    run, gpu = RunSpec(model="x", seq_len=512, accumulation=2, padding=True, levers=levers), card(1.576, "h200")
+    found = one(spec, run, gpu)
+    assert found.verdict != NONE and found.levers.optimizer == "adamw_torch"
+    check(spec, run, gpu, found)
 
 
 def test_savings_leave_soft_capping_eager_and_what_is_lean_alone():

@@ -55,9 +55,13 @@ def least_change(sizes: Sizes, run: RunSpec, gpu: GpuProfile) -> RunSpec:
 
 
 def _without_needless(sizes: Sizes, run: RunSpec, gpu: GpuProfile, changes: Changes) -> Changes:
-    """The same changes, less those without which it fits too; the later ones go first."""
+    """The same changes, less those without which it fits too; the later ones go first.
+
+    Again after each that went: a few tokens take more with their checkpoints in host memory, so that without it
+    another change may have become needless.
+    """
     for change in reversed(changes):
         fewer = tuple(kept for kept in changes if kept is not change)
         if sizes.fits(changed(run, fewer), gpu):
-            changes = fewer
+            return _without_needless(sizes, run, gpu, fewer)
     return changes
