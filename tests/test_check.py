@@ -27,8 +27,8 @@ from vramplan.cli import run as run_cli
 from vramplan.core import occupancy
 from vramplan.core.check import _both, check, remedies
 from vramplan.core.ledger import estimate
-from vramplan.core.plan import judge
 from vramplan.core.recipes import RECIPES
+from vramplan.core.room import judge
 from vramplan.core.types import CardCheck, Fix, GpuProcess, GpuProfile, GpuState, Ledger, Line, Peak, Remedy, Resident
 from vramplan.core.units import GIB
 from vramplan.report import card_bar

@@ -166,9 +166,8 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> Rooms:
     modules: dict[str, dict[str, Any]] = {
         "vramplan.core.ledger": {"estimate": stand_in.estimate},
         "vramplan.core.check": {"check": stand_in.check},
-        "vramplan.core.plan": {
-            "capacity": stand_in.capacity, "judge": stand_in.judge, "plan": stand_in.make_plan,
-        },
+        "vramplan.core.room": {"capacity": stand_in.capacity, "judge": stand_in.judge},
+        "vramplan.core.plan": {"plan": stand_in.make_plan},
         "vramplan.core.guide": {"offers": stand_in.offers, "choose": stand_in.choose, "with_cheapest": tuple},
         "vramplan.sources.gpu": {"live_gpu": stand_in.live_gpu, "live_gpus": stand_in.live_gpus},
         "vramplan.launch": {

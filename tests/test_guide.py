@@ -13,8 +13,8 @@ from test_laws import runs, specs
 
 from vramplan.core.guide import choose, lengths, memory_gb, offers, with_cheapest
 from vramplan.core.ledger import estimate
-from vramplan.core.plan import MAX_BATCH, Quick, judge
 from vramplan.core.recipes import RECIPES
+from vramplan.core.room import MAX_BATCH, Quick, judge
 from vramplan.core.savings import changed, savings
 from vramplan.core.sizes import BEYOND_BYTES, Family, Sizes
 from vramplan.core.speed import tokens_per_s

@@ -11,7 +11,7 @@ from vramplan.core.allocator import Native
 from vramplan.core.expandable import allocator
 from vramplan.core.ledger import estimate, simulate
 from vramplan.core.loading import Loader
-from vramplan.core.plan import judge
+from vramplan.core.room import judge
 from vramplan.core.types import Ledger, Levers, Lora, RunSpec
 
 

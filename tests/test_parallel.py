@@ -15,7 +15,7 @@ from vramplan.core.fixes import command
 from vramplan.core.gathering import KEY
 from vramplan.core.ledger import NO_CARD, estimate, simulate
 from vramplan.core.parallel import BUCKET_BYTES, largest_bucket, layer_matrices, nccl_bytes, shard_rows
-from vramplan.core.plan import Quick, capacity, judge
+from vramplan.core.room import Quick, capacity, judge
 from vramplan.core.speed import link_seconds, tokens_per_s
 from vramplan.core.timeline import play
 from vramplan.core.types import Ledger, RunSpec, Unplannable

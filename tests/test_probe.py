@@ -16,7 +16,7 @@ from probe_tools import CARD, Bench
 
 import vramplan
 from vramplan.cli import run as run_cli
-from vramplan.core.plan import judge
+from vramplan.core.room import judge
 from vramplan.core.types import Plan, Probe, RunSpec
 from vramplan.core.units import GIB, MIB
 from vramplan.errors import VramplanError

@@ -102,7 +102,7 @@ def _judge(ledger: Ledger, spec: ModelSpec | None, cards: list[GpuProfile]) -> t
     """
     if not cards:
         return ()
-    from vramplan.core.plan import capacity, judge
+    from vramplan.core.room import capacity, judge
 
     if spec is None:
         return tuple(

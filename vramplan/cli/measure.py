@@ -97,7 +97,7 @@ def _card() -> GpuProfile:
 
 
 def _warn(ledger: Ledger, card: GpuProfile) -> None:
-    from vramplan.core.plan import judge
+    from vramplan.core.room import judge
     from vramplan.core.units import human
 
     build.warn(*ledger.warnings)

@@ -56,7 +56,7 @@ def _say(quiet: bool, text: str) -> None:
 
 def _show_estimate(width: int | None) -> None:
     from vramplan.core.ledger import estimate
-    from vramplan.core.plan import capacity
+    from vramplan.core.room import capacity
     from vramplan.report.estimate import show_estimate
     from vramplan.sources.hf_config import load_model
     from vramplan.sources.profiles import gpu_names, load_gpu

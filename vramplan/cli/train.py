@@ -138,7 +138,7 @@ def default_folder(model: str) -> Path:
 def _price(run: RunSpec, plan: Plan | None, *, force: bool) -> Ledger:
     """The prediction, held against this machine's card if there is one. `DoesNotFit` unless forced."""
     from vramplan.core.ledger import estimate
-    from vramplan.core.plan import judge
+    from vramplan.core.room import judge
     from vramplan.core.units import human
 
     card = _card(run)

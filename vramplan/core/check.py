@@ -7,7 +7,7 @@ from dataclasses import replace
 from .fixes import Option, Pricer, lever
 from .ledger import estimate
 from .occupancy import NOTABLE_BYTES, notes, segments, shares
-from .plan import capacity, judge
+from .room import capacity, judge
 from .types import CardCheck, Fix, GpuProcess, GpuProfile, Ledger, ModelSpec, Remedy, RunSpec
 
 SHOWN_CHANGES, SHOWN_NAMES = 4, 4

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .ledger import estimate
-from .plan import Quick, divisors
 from .recipes import RECIPES, lever_flags
+from .room import Quick, divisors
 from .types import Fix, GpuProfile, Ledger, Lora, ModelSpec, RunSpec, Schedule
 
 Change = Callable[[RunSpec], RunSpec]

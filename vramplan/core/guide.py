@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from .plan import CHECKPOINTING, MAX_BATCH
+from .plan import CHECKPOINTING
+from .room import MAX_BATCH
 from .savings import changed, least_change, savings
 from .sizes import Family, Sizes
 from .types import Candidate, Choice, GpuProfile, Levers, ModelSpec, Offer, RunSpec

@@ -1,137 +1,20 @@
-"""Holds ledgers against a card: verdicts, largest batch and context, and the fastest run that fits."""
+"""The best run of a model on one card with exactly the effective batch that was asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
-from . import resident
-from .chip import traits
-from .ledger import MARGIN, estimate
-from .lengths import longest_run, real_share, usual_width
-from .parallel import nccl_bytes, shards
-from .replay import workspaces
-from .speed import host_bytes, tokens_per_s
-from .timeline import play
-from .types import Candidate, GpuProfile, GpuVerdict, Ledger, Lengths, Levers, ModelSpec, Plan, RunSpec
+from .ledger import estimate
+from .lengths import longest_run
+from .room import Quick, divisors, judge, largest, largest_that_survives
+from .speed import host_bytes
+from .types import Candidate, GpuProfile, Ledger, Lengths, Levers, ModelSpec, Plan, RunSpec
 from .units import human
-from .unroll import Unrolled
 
 OBJECTIVES = ("speed", "memory", "context")
 CHECKPOINTING = ("none", "every-4", "every-2", "all")
 OFFLOADED = ("every-2", "all")  # with so many checkpoints it pays to hold them in host memory
 SEARCHED = ("checkpointing", "checkpoint_offload")  # levers that a plan turns unless they are given
-MAX_BATCH = 4096
-
-
-# ------------------------------------------------------------------------------------------------------- verdicts
-def judge(ledger: Ledger, gpu: GpuProfile) -> str:
-    """ "fits" with room for what the allocator caches, "tight" if it must return cached memory on the way, else
-    "does_not_fit"."""
-    if ledger.peak.device_bytes > gpu.usable_bytes:
-        return "does_not_fit"
-    cached = max(ledger.peak.reserved_bytes, ledger.peak.minimum_bytes)
-    outside = gpu.context_bytes + nccl_bytes(ledger.run, gpu)
-    return "fits" if cached + outside <= gpu.usable_bytes else "tight"
-
-
-class Quick:
-    """Device bytes of variants of one run, without replaying the allocator: the sum of the live tensors at the
-    highest point, the stated margin and the context."""
-
-    def __init__(self, model: ModelSpec, lengths: Lengths | None = None) -> None:
-        """lengths: of the data, which then decide the speed."""
-        self.model, self.lengths = model, lengths
-        self.known: dict[tuple[object, ...], tuple[int, Unrolled]] = {}
-
-    def bytes(self, run: RunSpec, gpu: GpuProfile) -> int:
-        outside = gpu.context_bytes + nccl_bytes(run, gpu)
-        return int(self._played(run, gpu)[0] * (1.01 + MARGIN[run.levers.allocator])) + outside
-
-    def speed(self, run: RunSpec, gpu: GpuProfile) -> int | None:
-        """Modelled tokens per second; padding is none of them."""
-        if self.lengths is None or run.packing:
-            return tokens_per_s(self.model, run, gpu, self._played(run, gpu)[1])
-        usual = replace(run, seq_len=usual_width(run, self.lengths))
-        speed = tokens_per_s(self.model, usual, gpu, self._played(usual, gpu)[1])
-        return None if speed is None else round(speed * real_share(run, self.lengths))
-
-    def tensor_bytes(self, run: RunSpec, gpu: GpuProfile) -> int:
-        """All tensors at the highest point: no card holds the run in less."""
-        return self._played(run, gpu)[0]
-
-    def unrolled(self, run: RunSpec, gpu: GpuProfile) -> Unrolled:
-        return self._played(run, gpu)[1]
-
-    def key(self, run: RunSpec, gpu: GpuProfile) -> tuple[object, ...]:
-        """All of a run and a chip that costs memory."""
-        shape = (run.micro_batch_size, run.seq_len, min(run.accumulation, 2), run.padding, run.packing,
-                 run.driver)  # fmt: skip
-        chip = traits(self.model, run, gpu)
-        return (shape, run.levers, run.lora, run.double_quant, chip, run.gpus, run.parallel)
-
-    def _played(self, run: RunSpec, gpu: GpuProfile) -> tuple[int, Unrolled]:
-        key = self.key(run, gpu)
-        if key not in self.known:
-            unrolled = play(self.model, run, gpu)
-            self.known[key] = (self._resident(run, unrolled) + unrolled.peak_bytes(), unrolled)
-        return self.known[key]
-
-    def _resident(self, run: RunSpec, unrolled: Unrolled) -> int:
-        weights = resident.weights(self.model, run.double_quant, run.levers.upcast, shards(run)).total_bytes
-        state, _ = resident.optimizer_bytes(self.model, run)
-        return weights + resident.lora_bytes(self.model, run) + state + sum(workspaces(unrolled))
-
-
-def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest n in 0..most with fits(n), for a property that never comes back once lost."""
-    if most < 1 or not fits(1):
-        return 0
-    low, high = 1, 2
-    while high <= most and fits(high):
-        low, high = high, 2 * high
-    high = min(high, most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-def capacity(model: ModelSpec, run: RunSpec, gpu: GpuProfile, quick: Quick | None = None) -> GpuVerdict:
-    """One card's verdict, its largest micro-batch at this length and longest sequence at this micro-batch.
-
-    Raises Unplannable.
-    """
-    quick = quick or Quick(model)
-
-    def with_blocks(n: int) -> RunSpec:  # sequences in steps of 128 tokens, and the model's own limit
-        return replace(run, seq_len=min(128 * n, model.max_position_embeddings))
-
-    def with_batch(n: int) -> RunSpec:
-        return replace(run, micro_batch_size=n)
-
-    blocks = _largest_that_survives(quick, gpu, with_blocks, -(-model.max_position_embeddings // 128))
-    return GpuVerdict(
-        gpu=gpu.key,
-        usable_bytes=gpu.usable_bytes,
-        verdict=judge(estimate(model, run, gpu), gpu),
-        max_batch_size=_largest_that_survives(quick, gpu, with_batch, MAX_BATCH),
-        max_seq_len=with_blocks(blocks).seq_len if blocks else 0,
-        tokens_per_s=quick.speed(run, gpu),
-    )
-
-
-def _largest_that_survives(quick: Quick, gpu: GpuProfile, variant: Callable[[int], RunSpec], most: int) -> int:
-    """By the sum of live tensors first, then down until the replay of the allocator agrees."""
-    n = largest(lambda n: quick.bytes(variant(n), gpu) <= gpu.usable_bytes, most)
-    while n and judge(estimate(quick.model, variant(n), gpu), gpu) == "does_not_fit":
-        n -= max(1, n // 50)
-    return n
-
-
-# ----------------------------------------------------------------------------------------------------------- plan
-def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def plan(
@@ -289,7 +172,7 @@ def _longest(
         def with_blocks(n: int) -> RunSpec:
             return replace(run, seq_len=min(128 * n, most))
 
-        return with_blocks(_largest_that_survives(quick, gpu, with_blocks, -(-most // 128)))
+        return with_blocks(largest_that_survives(quick, gpu, with_blocks, -(-most // 128)))
 
     leanest = [run for run in settings if run.levers.checkpointing == settings[-1].levers.checkpointing]
     found = max((longest_of(run) for run in leanest), key=lambda run: (run.seq_len, not run.levers.checkpoint_offload))
@@ -357,10 +240,10 @@ def _advice(quick: Quick, model: ModelSpec, run: RunSpec, gpu: GpuProfile) -> li
     if not run.levers.checkpoint_offload and not fits(lean) and fits(offload):
         out.append("--checkpoint-offload: the layers' inputs wait in pinned host memory")
     also = "" if lean == run else ", with --recipe lean"
-    blocks = _largest_that_survives(quick, gpu, lambda n: replace(lean, seq_len=64 * n), run.seq_len // 64)
+    blocks = largest_that_survives(quick, gpu, lambda n: replace(lean, seq_len=64 * n), run.seq_len // 64)
     if 0 < 64 * blocks < run.seq_len:
         out.append(f"--seq-len {64 * blocks} instead of {run.seq_len}{also}")
-    rank = _largest_that_survives(quick, gpu, lambda n: replace(lean, lora=replace(run.lora, r=n)), run.lora.r)
+    rank = largest_that_survives(quick, gpu, lambda n: replace(lean, lora=replace(run.lora, r=n)), run.lora.r)
     if 0 < rank < run.lora.r:
         out.append(f"--lora-r {rank} instead of {run.lora.r}{also}")
     need = estimate(model, lean, gpu).peak.device_bytes

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .allocator import GRANULE, SMALL_REQUEST, SMALL_SEGMENT, segment_bytes
 from .causes import PROVEN, Finding, phase_of, telling
-from .plan import Quick, largest
+from .room import Quick, largest
 from .timeline import play
 from .units import GIB, MIB, human, round_up
 

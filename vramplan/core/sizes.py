@@ -14,7 +14,7 @@ from typing import NamedTuple
 from .chip import traits
 from .ledger import MARGIN, estimate
 from .parallel import nccl_bytes
-from .plan import Quick, judge
+from .room import Quick, judge
 from .types import GpuProfile, Ledger, ModelSpec, RunSpec
 
 GUESSES = 6  # plays in search of a size, before a replay is worth its time

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vramplan.core.ledger import estimate
-from vramplan.core.plan import judge
 from vramplan.core.recipes import RECIPES
+from vramplan.core.room import judge
 from vramplan.core.types import GpuProfile, Ledger, Measurement, ModelSpec, RunSpec, Schedule
 from vramplan.errors import InputError, VramplanError
 from vramplan.launch.probing import STEPS, Place, play

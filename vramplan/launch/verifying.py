@@ -8,7 +8,7 @@ from dataclasses import replace
 from vramplan.core import timeline
 from vramplan.core.ledger import estimate
 from vramplan.core.parallel import nccl_bytes
-from vramplan.core.plan import judge, largest
+from vramplan.core.room import judge, largest
 from vramplan.core.speed import tokens_per_s
 from vramplan.core.types import Candidate, Plan, Probe, RunSpec, Unplannable
 from vramplan.core.units import human
