@@ -296,6 +296,16 @@ def test_no_card_is_large_enough() -> None:
     assert "No smaller class of cards is stored." in smallest
 
 
+def test_several_cards_together_are_said_and_trained() -> None:
+    run = make_run(gpus=2, parallel="fsdp")
+    for text in (
+        draw(show_choice, make_model(), run, make_choice(), width=120),
+        draw(show_guide, make_ledger(run=run), OFFERS, width=120),
+    ):
+        assert "batch and context are per card, speed and cost of all 2 together" in text
+        assert text.endswith("  vramplan train llama-2-7b --gpus 2 --parallel fsdp --data FILE\n")
+
+
 def test_every_change_of_levers_has_a_text_of_its_own() -> None:
     changes: list[dict[str, Any]] = [
         {"checkpoint_offload": True},

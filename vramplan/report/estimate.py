@@ -98,15 +98,15 @@ def asked(model: ModelSpec, run: RunSpec) -> str:
 def next_step(ledger: Ledger, verdicts: Sequence[GpuVerdict | Offer]) -> tuple[str, str]:
     """The command that goes on from here, and what it is for."""
     run = ledger.run
-    if run.gpus > 1:
-        return "To train it:", f"vramplan train {run.model} --gpus {run.gpus} --parallel {run.parallel} --data FILE"
-    if not verdicts:
+    if not verdicts and run.gpus == 1:
         return "Which cards hold it:", f"vramplan estimate {run.model} --gpu all"
     return fit_command(run, verdicts)
 
 
 def fit_command(run: RunSpec, verdicts: Sequence[GpuVerdict | Offer]) -> tuple[str, str]:
-    """The command that plans the run for the smallest card that holds it, and what it is for."""
+    """The command that plans the run for the smallest card that holds it, or trains it on several; what it is for."""
+    if run.gpus > 1:
+        return "To train it:", f"vramplan train {run.model} --gpus {run.gpus} --parallel {run.parallel} --data FILE"
     batch = max(run.micro_batch_size * run.accumulation, 16)
     fitting = [verdict for verdict in verdicts if verdict.verdict != "does_not_fit"]
     card = min(fitting or verdicts, key=lambda verdict: verdict.usable_bytes).gpu

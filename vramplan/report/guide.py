@@ -37,7 +37,7 @@ def show_guide(stream: TextIO, ledger: Ledger, offers: Sequence[Offer], *, width
     screen = tables.console(stream, width)
     fits = any(_fits(offer) for offer in offers)
     text = f"{headline(offers, ledger.run)} {cheapest(offers)}".rstrip()
-    put_ledger(screen, ledger, text, "fits" if fits else "does_not_fit", speeds=True)
+    put_ledger(screen, ledger, text, "fits" if fits else "does_not_fit", speeds=False)
     screen.print()
     put_offers(screen, offers, ledger.model, ledger.run)
     tables.command(screen, *next_step(ledger, offers))
@@ -200,6 +200,8 @@ def notes(offers: Sequence[Offer], labels: dict[Levers, str], model: ModelSpec, 
     out.append(context)
     if any(offer.tokens_per_s is not None for offer in offers):
         out.append("~ modelled, not measured: the fastest levers and micro-batch; M: a million tokens")
+    if run.gpus > 1:
+        out.append(f"batch and context are per card, speed and cost of all {run.gpus} together")
     if any(offer.cheapest for offer in offers):
         out.append("* the cheapest of the cards with a price")
     old = [offer.gpu for offer in offers if offer.compute_capability < BF16]
