@@ -35,7 +35,7 @@ def command(**params: Any) -> int:
         raise InputError("--model-path has no use here", "the weights are random: memory does not depend on them")
     output = _writable(params["output"])
     spec, config = _model(params)
-    schedule = Schedule(max_steps=params["steps"], save_steps=0)
+    schedule = Schedule(max_steps=params["steps"], save_steps=0, cuda_graphs=False)  # it makes none
     run = replace(build.run_spec(params, spec), driver=params["driver"], random_weights=True, schedule=schedule)
     card = _card()
     runner.require_extra("vramplan measure")
