@@ -184,7 +184,7 @@ def test_checkpointing_never_costs_at_the_peak(spec, run, gpu):
         assert peaks[some] <= peaks["none"], (some, peaks)
     if spec.num_layers > 2:  # of two layers, the one that is not checkpointed is the one that would be played again
         assert peaks["all"] <= min(peaks["every-2"], peaks["every-3"]), peaks
-    back = 4 * run.micro_batch_size * run.seq_len * spec.hidden_size  # of the first layer, beside the embeddings
+    back = 4 * run.micro_batch_size * run.seq_len * spec.hidden_size + 511  # of the first layer, beside the embeddings
     assert offloaded <= peaks["all"] + back, (offloaded, peaks)
 
 
