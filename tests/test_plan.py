@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from measured import model
 
 from vramplan.core.ledger import estimate
-from vramplan.core.plan import SEARCHED, plan, settings_of
+from vramplan.core.plan import plan, settings_of
 from vramplan.core.recipes import RECIPES
 from vramplan.core.room import Quick, capacity, divisors, judge, largest
-from vramplan.core.types import GpuProfile, Levers, Lora, RunSpec
+from vramplan.core.types import SEARCHED, GpuProfile, Levers, Lora, RunSpec
 from vramplan.core.units import GIB
 from vramplan.sources.profiles import load_gpu
 

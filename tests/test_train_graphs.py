@@ -182,6 +182,18 @@ def test_only_between_steps_and_not_for_ever_new_shapes(tmp_path: Path) -> None:
     assert len(graphs.made) == MOST
 
 
+def test_what_a_backward_must_wait_for_is_waited_for_before_a_replay_alone() -> None:
+    """An ordinary micro-step waits itself, after its forward: what is copied meanwhile costs no time."""
+    parameter, said = torch.nn.Parameter(torch.ones(2)), list[str]()
+    step: Any = lambda inputs, items: (said.append("replayed"), parameter.sum())[1]  # noqa: E731
+    ready: Any = lambda: said.append("ready")  # noqa: E731
+    graphs = Graphs(step, [parameter], lambda: None, lambda _: None, Noted(), ready)
+    for _ in range(WATCHED + 2):
+        parameter.grad = None
+        graphs.run({"input_ids": torch.ones(1, 4)}, torch.ones(()), lambda: torch.zeros(()))
+    assert said == ["ready", "replayed"] * 2
+
+
 def test_gradients_made_elsewhere_come_back_into_the_graphs_own() -> None:
     parameter = torch.nn.Parameter(torch.ones(2))
     graphs = Graphs(lambda inputs, items: parameter.sum(), [parameter], lambda: None, lambda _: None, Noted())

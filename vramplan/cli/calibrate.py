@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -79,21 +80,18 @@ def _calibrate(params: build.Params) -> int:
     from vramplan.sources.records import encode
 
     index = params["gpu_index"]
-    try:
-        nvml = Nvml().__enter__()
-    except VramplanError as error:
-        raise InputError(f"there is no CUDA GPU to calibrate: {error.message}", error.hint) from error
-    try:
+    with ExitStack() as stack:
+        try:
+            nvml = stack.enter_context(Nvml())
+        except VramplanError as error:
+            raise InputError(f"there is no CUDA GPU to calibrate: {error.message}", error.hint) from error
         card = nvml.gpu(index)
-        with make_bar(sys.stderr, params["width"]) as bar:
+        bar = stack.enter_context(make_bar(sys.stderr, params["width"]))
 
-            def on_step(step: Step) -> None:
-                bar.step(*step)
+        def on_step(step: Step) -> None:
+            bar.step(*step)
 
-            place = Place(card=card, nvml=nvml, index=index, log=bar.say)
-            rows = measure_set(place, on_step, bar.say)
-    finally:
-        nvml.__exit__(None, None, None)
+        rows = measure_set(Place(card=card, nvml=nvml, index=index, log=bar.say), on_step, bar.say)
     found = calibrate(rows, card, installed_versions(card), date.today().isoformat())
     path = save(found, card)
     if params["as_json"]:

@@ -12,7 +12,7 @@ import click
 
 from vramplan.cli import build, options, runner
 from vramplan.cli.output import print_json
-from vramplan.core.types import GpuProfile, Lengths, ModelSpec, Plan, RunSpec
+from vramplan.core.types import SEARCHED, GpuProfile, Lengths, ModelSpec, Plan, RunSpec
 from vramplan.errors import DOES_NOT_FIT, OK, InputError
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _free(params: build.Params) -> tuple[str, ...]:
         settled.add("checkpointing")
     if params["checkpoint_offload"] is not None:
         settled.add("checkpoint_offload")
-    return tuple(lever for lever in ("checkpointing", "checkpoint_offload") if lever not in settled)
+    return tuple(lever for lever in SEARCHED if lever not in settled)
 
 
 def _say_packed(plan: Plan, packed: Plan) -> None:

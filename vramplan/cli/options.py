@@ -14,6 +14,7 @@ from vramplan.core.types import (
     DATA_KINDS,
     KERNELS,
     LOSSES,
+    OBJECTIVES,
     OPTIMIZERS,
     SAMPLINGS,
     TRUNCATIONS,
@@ -347,7 +348,7 @@ TRACE: Section = (
 
 FIT: Section = (
     _run("--effective-batch-size", type=Whole(), required=True, help="Micro-batch x accumulation, exactly."),
-    _run("--objective", type=click.Choice(("speed", "memory", "context")), default="speed", show_default=True,
+    _run("--objective", type=click.Choice(OBJECTIVES), default="speed", show_default=True,
          help="What to make the most of."),
     _run("--probe", is_flag=True, help="Try the plan on this machine's card, in a short run of its own."),
     _out("-o", "--output", metavar="FILE", help="Write the plan, for vramplan train."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,6 +21,9 @@ from vramplan.errors import (
     MissingExtra,
     VramplanError,
 )
+
+if TYPE_CHECKING:
+    from vramplan.launch import Outcome
 
 EXTRA_MODULES = ("torch", "transformers", "bitsandbytes", "peft", "accelerate", "safetensors")
 KNOWN_EXITS = (OK, OUR_ERROR, BAD_INPUT, DOES_NOT_FIT, ENDED_IN_OOM, 130)
@@ -77,6 +80,35 @@ def run_training(
 
 def show_data(run_dir: Path, run: RunSpec, plan: Plan | None, *, as_json: bool, width: int | None) -> int:
     """Have the child read the data and show it; nothing is loaded or trained. Returns the exit code."""
+    outcome, summary = _read_data(run_dir, run, plan, width)
+    code = outcome.exit_code if outcome.exit_code in KNOWN_EXITS else OUR_ERROR
+    if as_json:
+        print_json({"run_dir": str(run_dir), "ended": outcome.ended, "exit_code": code, "data": summary or None})
+    if code != OK:
+        click.echo(error_line(outcome.message or f"the training process ended with {code}", outcome.hint), err=True)
+        build.note(f"log: {run_dir / 'log.txt'}")
+    return code
+
+
+def read_lengths(run: RunSpec, *, width: int | None) -> Lengths:
+    """How long the rows of the run's data are: the child reads them, in a folder that is gone afterwards.
+
+    VramplanError as the child ended, InputError for data that cannot be used.
+    """
+    from tempfile import TemporaryDirectory
+
+    require_extra("vramplan fit --data")
+    with TemporaryDirectory(prefix="vramplan-") as folder:
+        outcome, summary = _read_data(Path(folder) / "run", run, None, width)
+    if outcome.exit_code != OK or not summary.get("histogram"):
+        kind = InputError if outcome.exit_code == BAD_INPUT else VramplanError
+        raise kind(outcome.message or "the data could not be read", outcome.hint)
+    bars = tuple((int(tokens), int(rows)) for tokens, rows in summary["histogram"])
+    return Lengths(bars=bars, tokens=summary["tokens"])
+
+
+def _read_data(run_dir: Path, run: RunSpec, plan: Plan | None, width: int | None) -> tuple[Outcome, dict[str, Any]]:
+    """How a child that reads the data, with a display, has ended; and its event `data`, {} if there was none."""
     from vramplan.launch import launch, prepare_run_dir
     from vramplan.report.live import make_display
 
@@ -89,14 +121,7 @@ def show_data(run_dir: Path, run: RunSpec, plan: Plan | None, *, as_json: bool, 
 
     prepare_run_dir(run_dir, run, plan, resume=False)
     with make_display(sys.stderr, 0, width=width) as display:
-        outcome = launch(run_dir, data_only=True, on_event=on_event)
-    code = outcome.exit_code if outcome.exit_code in KNOWN_EXITS else OUR_ERROR
-    if as_json:
-        print_json({"run_dir": str(run_dir), "ended": outcome.ended, "exit_code": code, "data": summary or None})
-    if code != OK:
-        click.echo(error_line(outcome.message or f"the training process ended with {code}", outcome.hint), err=True)
-        build.note(f"log: {run_dir / 'log.txt'}")
-    return code
+        return launch(run_dir, data_only=True, on_event=on_event), summary
 
 
 def weights_of(model: str) -> str | None:
@@ -110,35 +135,6 @@ def weights_of(model: str) -> str | None:
         return str(model_profile(model).get("hub_id") or model)
     except InputError:  # no built-in name: a Hub id, which is where its weights are
         return None
-
-
-def read_lengths(run: RunSpec, *, width: int | None) -> Lengths:
-    """How long the rows of the run's data are: the child reads them, in a folder that is gone afterwards.
-
-    VramplanError as the child ended, InputError for data that cannot be used.
-    """
-    from tempfile import TemporaryDirectory
-
-    from vramplan.launch import launch, prepare_run_dir
-    from vramplan.report.live import make_display
-
-    require_extra("vramplan fit --data")
-    seen: dict[str, Any] = {}
-
-    def on_event(event: dict[str, Any]) -> None:
-        if event.get("event") == "data":
-            seen.update(event)
-        display.on_event(event)
-
-    with TemporaryDirectory(prefix="vramplan-") as folder:
-        run_dir = Path(folder) / "run"
-        prepare_run_dir(run_dir, run, None, resume=False)
-        with make_display(sys.stderr, 0, width=width) as display:
-            outcome = launch(run_dir, data_only=True, on_event=on_event)
-    if outcome.exit_code != OK or not seen.get("histogram"):
-        kind = InputError if outcome.exit_code == BAD_INPUT else VramplanError
-        raise kind(outcome.message or "the data could not be read", outcome.hint)
-    return Lengths(bars=tuple((int(tokens), int(rows)) for tokens, rows in seen["histogram"]), tokens=seen["tokens"])
 
 
 def print_launch(run_dir: Path, run: RunSpec, plan: Plan | None, *, machines: int, resume: bool, as_json: bool) -> int:

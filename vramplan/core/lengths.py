@@ -7,7 +7,7 @@ from dataclasses import replace
 from .types import Lengths, RunSpec
 from .units import round_up
 
-MULTIPLE = 8  # what batches are padded to
+MULTIPLE = 8  # what batches are padded to: tensor cores like lengths that divide by it
 
 
 def longest_run(run: RunSpec, lengths: Lengths) -> RunSpec:

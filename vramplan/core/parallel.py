@@ -107,3 +107,8 @@ def nccl_bytes(run: RunSpec, gpu: GpuProfile) -> int:
         return 0
     channels = NVLINK_CHANNELS if gpu.compute_capability in NVLINK_CAPABILITIES else CHANNELS
     return LIBRARY_BYTES + CHANNEL_BYTES * channels
+
+
+def outside_bytes(run: RunSpec, gpu: GpuProfile) -> int:
+    """What a card must hold beside torch's allocator: the CUDA context, and NCCL where several train together."""
+    return gpu.context_bytes + nccl_bytes(run, gpu)

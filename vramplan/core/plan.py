@@ -6,15 +6,13 @@ from dataclasses import replace
 
 from .ledger import estimate
 from .lengths import longest_run
-from .room import Quick, divisors, judge, largest, largest_that_survives
+from .room import Quick, divisors, judge, largest, largest_that_survives, longest_sequence
 from .speed import host_bytes
-from .types import Candidate, GpuProfile, Ledger, Lengths, Levers, ModelSpec, Plan, RunSpec
+from .types import SEARCHED, Candidate, GpuProfile, Ledger, Lengths, Levers, ModelSpec, Plan, RunSpec
 from .units import human
 
-OBJECTIVES = ("speed", "memory", "context")
 CHECKPOINTING = ("none", "every-4", "every-2", "all")
 OFFLOADED = ("every-2", "all")  # with so many checkpoints it pays to hold them in host memory
-SEARCHED = ("checkpointing", "checkpoint_offload")  # levers that a plan turns unless they are given
 
 
 def plan(
@@ -62,8 +60,7 @@ def plan(
 
 def settings_of(run: RunSpec, free: tuple[str, ...]) -> list[RunSpec]:
     """The run with every combination of the free levers that may be best, least recomputation first."""
-    wanted, levers = run.levers, run.levers
-    out = []
+    wanted, out = run.levers, []
     for checkpointing in CHECKPOINTING if "checkpointing" in free else (wanted.checkpointing,):
         for offload in (False, True) if "checkpoint_offload" in free else (wanted.checkpoint_offload,):
             if offload and "checkpoint_offload" in free and checkpointing not in OFFLOADED:
@@ -166,16 +163,10 @@ def _longest(
     candidates: list[Candidate],
 ) -> Plan:
     """The run with the longest sequence that the card holds, in steps of 128 tokens; `ledger` is of one that fits."""
-    model, most = quick.model, quick.model.max_position_embeddings
-
-    def longest_of(run: RunSpec) -> RunSpec:
-        def with_blocks(n: int) -> RunSpec:
-            return replace(run, seq_len=min(128 * n, most))
-
-        return with_blocks(largest_that_survives(quick, gpu, with_blocks, -(-most // 128)))
-
+    model = quick.model
     leanest = [run for run in settings if run.levers.checkpointing == settings[-1].levers.checkpointing]
-    found = max((longest_of(run) for run in leanest), key=lambda run: (run.seq_len, not run.levers.checkpoint_offload))
+    longest = [replace(run, seq_len=longest_sequence(quick, run, gpu)) for run in leanest]
+    found = max(longest, key=lambda run: (run.seq_len, not run.levers.checkpoint_offload))
     if found.seq_len > ledger.run.seq_len:
         ledger = estimate(model, found, gpu)
     run = ledger.run
@@ -183,7 +174,7 @@ def _longest(
         f"{run.seq_len:,} tokens are the longest sequence that fits, at micro-batch {run.micro_batch_size} with "
         f"{named(run.levers)}"
     )
-    if run.seq_len == most:
+    if run.seq_len == model.max_position_embeddings:
         reason += ", all that the model knows positions for"
     if run.levers.checkpoint_offload:
         reason += f"; the checkpoints take {human(host_bytes(model, run))} of the computer's memory"

@@ -20,6 +20,11 @@ RECIPES: dict[str, Levers] = {
 }
 
 
+def checkpointing_text(levers: Levers) -> str:
+    """ "all, offloaded": which layers are checkpointed, and whether that waits in host memory."""
+    return levers.checkpointing + (", offloaded" if levers.checkpoint_offload else "")
+
+
 def lever_flags(levers: Levers, recipe: Levers) -> list[str]:
     """What to add to a command that stands for `recipe`, to mean `levers`."""
     flags = {"upcast": "--upcast", "loss": "--loss", "checkpointing": "--checkpointing", "optimizer": "--optim",

@@ -9,7 +9,7 @@ from . import resident
 from .chip import traits
 from .ledger import MARGIN, estimate
 from .lengths import real_share, usual_width
-from .parallel import nccl_bytes, shards
+from .parallel import outside_bytes, shards
 from .replay import workspaces
 from .speed import tokens_per_s
 from .timeline import play
@@ -26,8 +26,7 @@ def judge(ledger: Ledger, gpu: GpuProfile) -> str:
     if ledger.peak.device_bytes > gpu.usable_bytes:
         return "does_not_fit"
     cached = max(ledger.peak.reserved_bytes, ledger.peak.minimum_bytes)
-    outside = gpu.context_bytes + nccl_bytes(ledger.run, gpu)
-    return "fits" if cached + outside <= gpu.usable_bytes else "tight"
+    return "fits" if cached + outside_bytes(ledger.run, gpu) <= gpu.usable_bytes else "tight"
 
 
 class Quick:
@@ -40,8 +39,7 @@ class Quick:
         self.known: dict[tuple[object, ...], tuple[int, Unrolled]] = {}
 
     def bytes(self, run: RunSpec, gpu: GpuProfile) -> int:
-        outside = gpu.context_bytes + nccl_bytes(run, gpu)
-        return int(self._played(run, gpu)[0] * (1.01 + MARGIN[run.levers.allocator])) + outside
+        return int(self._played(run, gpu)[0] * (1.01 + MARGIN[run.levers.allocator])) + outside_bytes(run, gpu)
 
     def speed(self, run: RunSpec, gpu: GpuProfile) -> int | None:
         """Modelled tokens per second; padding is none of them."""
@@ -99,21 +97,28 @@ def capacity(model: ModelSpec, run: RunSpec, gpu: GpuProfile, quick: Quick | Non
     """
     quick = quick or Quick(model)
 
-    def with_blocks(n: int) -> RunSpec:  # sequences in steps of 128 tokens, and the model's own limit
-        return replace(run, seq_len=min(128 * n, model.max_position_embeddings))
-
     def with_batch(n: int) -> RunSpec:
         return replace(run, micro_batch_size=n)
 
-    blocks = largest_that_survives(quick, gpu, with_blocks, -(-model.max_position_embeddings // 128))
     return GpuVerdict(
         gpu=gpu.key,
         usable_bytes=gpu.usable_bytes,
         verdict=judge(estimate(model, run, gpu), gpu),
         max_batch_size=largest_that_survives(quick, gpu, with_batch, MAX_BATCH),
-        max_seq_len=with_blocks(blocks).seq_len if blocks else 0,
+        max_seq_len=longest_sequence(quick, run, gpu),
         tokens_per_s=quick.speed(run, gpu),
     )
+
+
+def longest_sequence(quick: Quick, run: RunSpec, gpu: GpuProfile) -> int:
+    """The longest with which the run fits, in steps of 128 tokens and up to the model's own limit; 0 if none does."""
+    most = quick.model.max_position_embeddings
+
+    def with_blocks(n: int) -> RunSpec:
+        return replace(run, seq_len=min(128 * n, most))
+
+    blocks = largest_that_survives(quick, gpu, with_blocks, -(-most // 128))
+    return with_blocks(blocks).seq_len if blocks else 0
 
 
 def largest_that_survives(quick: Quick, gpu: GpuProfile, variant: Callable[[int], RunSpec], most: int) -> int:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from .chip import traits
 from .ledger import MARGIN, estimate
-from .parallel import nccl_bytes
+from .parallel import outside_bytes
 from .room import Quick, judge
 from .types import GpuProfile, Ledger, ModelSpec, RunSpec
 
@@ -57,15 +57,15 @@ class Sizes:
 
         Raises Unplannable.
         """
-        least = _outside(run, gpu) + self._least(run, gpu)
+        least = outside_bytes(run, gpu) + self._least(run, gpu)
         return least if least > BEYOND_BYTES else self._ledger(run, gpu).peak.device_bytes
 
     def may_fit(self, run: RunSpec, gpu: GpuProfile) -> bool:
         """False where the tensors alone are more than the card holds. Raises Unplannable."""
-        return _outside(run, gpu) + self._least(run, gpu) <= gpu.usable_bytes
+        return outside_bytes(run, gpu) + self._least(run, gpu) <= gpu.usable_bytes
 
     def verdict(self, run: RunSpec, gpu: GpuProfile) -> str:
-        """As `plan.judge` has it. Raises Unplannable."""
+        """As `room.judge` has it. Raises Unplannable."""
         return judge(self._ledger(run, gpu), gpu) if self.may_fit(run, gpu) else "does_not_fit"
 
     def fits(self, run: RunSpec, gpu: GpuProfile) -> bool:
@@ -85,7 +85,7 @@ class Sizes:
         """The n between `low` and `high` that should just fit, from few plays: bytes are nearly linear in the size."""
         key = self._key(family, gpu)
         points = self._points.setdefault(key, {})
-        target = self._target(key, gpu.usable_bytes - _outside(family.run, gpu))
+        target = self._target(key, gpu.usable_bytes - outside_bytes(family.run, gpu))
         for n in (1, 2):
             if len(points) < 2 and n <= family.last:
                 points[family.size(n)] = self._least(family.at(n), gpu)
@@ -128,12 +128,8 @@ class Sizes:
         if key not in self._ledgers:
             self._ledgers[key] = estimate(self.model, run, gpu, self.quick.unrolled(run, gpu))
         ledger = self._ledgers[key]
-        return replace(ledger, peak=replace(ledger.peak, device_bytes=ledger.peak.minimum_bytes + _outside(run, gpu)))
-
-
-def _outside(run: RunSpec, gpu: GpuProfile) -> int:
-    """What a card must hold beside PyTorch's memory."""
-    return gpu.context_bytes + nccl_bytes(run, gpu)
+        need = ledger.peak.minimum_bytes + outside_bytes(run, gpu)
+        return replace(ledger, peak=replace(ledger.peak, device_bytes=need))
 
 
 def _crossing(points: dict[int, int], target: int) -> int:

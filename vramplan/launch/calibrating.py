@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,12 +92,14 @@ def measure_set(place: Place, on_step: OnStep, say: Say, cases: Sequence[Case] =
 
     VramplanError if they are too few to learn from. An interrupted set (KeyboardInterrupt) goes on where it was.
     """
+    from tempfile import TemporaryDirectory
+
     path = calibration.rows_path(place.card)
     calibration.make_folder()
     known = kept_rows(path, place.card, say)
     begun, measured = time.monotonic(), 0
     rows: list[Measurement] = []
-    with _models() as folder:
+    with TemporaryDirectory(prefix="vramplan-models-") as folder:
         for number, case in enumerate(cases):
             run = case_run(case)
             row = known.get(run)
@@ -109,7 +110,7 @@ def measure_set(place: Place, on_step: OnStep, say: Say, cases: Sequence[Case] =
                 if time.monotonic() - begun + each > LIMIT_S and len(rows) >= FEWEST:
                     say(f"{LIMIT_S:.0f} s are over: {len(left)} of {len(cases)} cases are left out")
                     break
-                row = _measure(case, run, place, folder, say)
+                row = _measure(case, run, place, Path(folder), say)
                 measured += 1
                 if row is not None:
                     records.append_jsonl(path, row)
@@ -145,14 +146,6 @@ def _measure(case: Case, run: RunSpec, place: Place, folder: Path, say: Say) -> 
 def _row(measurement: Measurement, ledger: Ledger, card: GpuProfile) -> Measurement:
     """As `vramplan measure` keeps them; other processes of the card stay out."""
     return replace(measurement, prediction=ledger, gpu=replace(card, processes=()))
-
-
-@contextmanager
-def _models() -> Iterator[Path]:
-    from tempfile import TemporaryDirectory
-
-    with TemporaryDirectory(prefix="vramplan-models-") as name:
-        yield Path(name)
 
 
 # ---------------------------------------------------------------------------------------------------------- cases

@@ -6,7 +6,6 @@ adapter.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,10 @@ from vramplan.errors import BAD_INPUT, ENDED_IN_OOM, OK, InputError, VramplanErr
 from vramplan.launch.child import OnEvent, launch
 from vramplan.launch.ending import INTERRUPTED, log_tail
 from vramplan.launch.folder import prepare_run_dir
-from vramplan.launch.tenants import Tenants
+from vramplan.launch.tenants import Say, Tenants
 
 STEPS = 10  # at most: long ones end sooner (train/probe.py)
 CAP_VARIABLE = "VRAMPLAN_CAP_BYTES"  # train/probe.py reads it
-
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +39,7 @@ class Place:
     nvml: Any
     index: int = 0
     on_event: OnEvent = lambda event: None
-    log: Report = lambda text: None
+    log: Say = lambda text: None
 
 
 def probe_run(run: RunSpec) -> RunSpec:

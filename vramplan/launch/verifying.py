@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from vramplan.core import timeline
 from vramplan.core.ledger import estimate
-from vramplan.core.parallel import nccl_bytes
+from vramplan.core.parallel import outside_bytes
+from vramplan.core.recipes import checkpointing_text
 from vramplan.core.room import judge, largest
 from vramplan.core.speed import tokens_per_s
 from vramplan.core.types import Candidate, Plan, Probe, RunSpec, Unplannable
 from vramplan.core.units import human
 from vramplan.errors import VramplanError
 from vramplan.launch.probing import Place, Played, most, play, probe_run
-from vramplan.launch.tenants import wait_until_quiet
+from vramplan.launch.tenants import Say, wait_until_quiet
 
 MOST_PROBES = 3  # two in the usual case
 BLOCK = 128  # tokens by which a sequence is shortened
 STEP_SHARE = 0.05  # of the budget: a candidate that needs less by so much may fit where one did not
-
-Say = Callable[[str], None]
 
 
 def verify(
@@ -54,9 +52,8 @@ def verify(
 
 def batch_text(plan: Plan) -> str:
     run = plan.run
-    offload = ", offloaded" if run.levers.checkpoint_offload else ""
     batch = f"{run.micro_batch_size} x {run.accumulation} rows of {run.seq_len:,} tokens"
-    return f"{batch} with checkpointing {run.levers.checkpointing}{offload}"
+    return f"{batch} with checkpointing {checkpointing_text(run.levers)}"
 
 
 def why(probe: Probe, budget_bytes: int) -> str:
@@ -68,7 +65,7 @@ def why(probe: Probe, budget_bytes: int) -> str:
 
 # ------------------------------------------------------------------------------------------------------ one probe
 def _probe(plan: Plan, place: Place, capped: bool) -> Probe:
-    outside = plan.gpu.context_bytes + nccl_bytes(plan.run, plan.gpu)
+    outside = outside_bytes(plan.run, plan.gpu)
     cap = plan.budget_bytes - outside if capped else None
     played = play(probe_run(plan.run), place, cap_bytes=cap)
     same_card = plan.gpu.key == place.card.key

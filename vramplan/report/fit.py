@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vramplan.core.lengths import real_share
+from vramplan.core.recipes import checkpointing_text
 from vramplan.core.types import Candidate, Levers, Plan
 from vramplan.core.units import GIB, human
 from vramplan.report import tables
@@ -84,7 +85,7 @@ def choice_table(screen: Console, plan: Plan) -> Table:
         ("--batch-size", str(run.micro_batch_size)),
         ("--accumulation", str(run.accumulation)),
         ("--seq-len", f"{run.seq_len}"),
-        ("--checkpointing", levers.checkpointing + (", offloaded" if levers.checkpoint_offload else "")),
+        ("--checkpointing", checkpointing_text(levers)),
         ("--loss", levers.loss),
         ("--optim", levers.optimizer),
         ("--attn", levers.attention),

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vramplan.core.guide import fits
 from vramplan.core.recipes import lever_flags
 from vramplan.core.types import Candidate, Choice, Ledger, Levers, ModelSpec, Offer, RunSpec
 from vramplan.core.units import human
@@ -35,9 +36,9 @@ COLUMNS = ("card", "GiB", "fits", "batch", "context", "tokens/s", "with", "hours
 def show_guide(stream: TextIO, ledger: Ledger, offers: Sequence[Offer], *, width: int | None = None) -> None:
     """Which cards hold the run, then the ledger of the run as it was asked for, then every card."""
     screen = tables.console(stream, width)
-    fits = any(_fits(offer) for offer in offers)
+    verdict = "fits" if any(fits(offer) for offer in offers) else "does_not_fit"
     text = f"{headline(offers, ledger.run)} {cheapest(offers)}".rstrip()
-    put_ledger(screen, ledger, text, "fits" if fits else "does_not_fit", speeds=False)
+    put_ledger(screen, ledger, text, verdict, speeds=False)
     screen.print()
     put_offers(screen, offers, ledger.model, ledger.run)
     tables.command(screen, *next_step(ledger, offers))
@@ -61,7 +62,7 @@ def show_choice(stream: TextIO, model: ModelSpec, run: RunSpec, choice: Choice, 
 # ------------------------------------------------------------------------------------------------------ sentences
 def headline(offers: Sequence[Offer], run: RunSpec) -> str:
     """How many cards hold the run, and the smallest of them."""
-    fitting = [offer for offer in offers if _fits(offer)]
+    fitting = [offer for offer in offers if fits(offer)]
     if not fitting:
         nearest = min(offers, key=lambda offer: offer.missing_bytes)
         return f"Does not fit: none of the {len(offers)} cards. {too_small(nearest, run)}"
@@ -77,7 +78,7 @@ def choice_headline(choice: Choice, run: RunSpec) -> str:
         return "Does not fit: no stored card is large enough."
     if choice.as_asked_gb == choice.memory_gb:
         return f"Fits cards of {choice.memory_gb} GB as asked."
-    flags = next(offer for offer in choice.offers if _fits(offer)).levers
+    flags = next(offer for offer in choice.offers if fits(offer)).levers
     later = f"; as asked, {choice.as_asked_gb} GB" if choice.as_asked_gb else "; as asked, no stored card"
     return f"Fits cards of {choice.memory_gb} GB with {_flags(flags, run)}{later}."
 
@@ -113,10 +114,6 @@ def _flags(levers: Levers, run: RunSpec) -> str:
     return " ".join(lever_flags(levers, run.levers))
 
 
-def _fits(offer: Offer) -> bool:
-    return offer.verdict != "does_not_fit"
-
-
 # ---------------------------------------------------------------------------------------------------------- table
 def put_offers(screen: Console, offers: Sequence[Offer], model: ModelSpec, run: RunSpec) -> None:
     """The cards, and below them what their columns mean."""
@@ -147,15 +144,15 @@ def offer_table(screen: Console, offers: Sequence[Offer], labels: dict[Levers, s
 
 
 def _cells(offer: Offer, labels: dict[Levers, str], digits: int) -> dict[str, str | Text]:
-    fits = Text("no" if not _fits(offer) else "as asked" if offer.as_asked else labels[offer.levers])
+    holds = Text("no" if not fits(offer) else "as asked" if offer.as_asked else labels[offer.levers])
     if offer.verdict == "tight":
-        fits.append("!")
-    fits.style = tables.VERDICT_STYLES[offer.verdict]
+        holds.append("!")
+    holds.style = tables.VERDICT_STYLES[offer.verdict]
     speed, hours, cost = offer.tokens_per_s, offer.hours_per_million_tokens, offer.cost_per_million_tokens
     return {
         "card": offer.gpu,
         "GiB": f"{offer.usable_bytes / 2**30:.{digits}f}",
-        "fits": fits,
+        "fits": holds,
         "batch": tables.count(offer.max_batch_size),
         "context": tables.count(offer.max_seq_len),
         "tokens/s": "-" if speed is None else f"~{speed:,}",
@@ -176,7 +173,7 @@ def change_labels(offers: Sequence[Offer], run: RunSpec) -> dict[Levers, str]:
     """Changed levers -> what stands for them in a cell, each text once: their names, or how many there are."""
     labels: dict[Levers, str] = {}
     for offer in offers:
-        if not _fits(offer) or offer.as_asked or offer.levers in labels:
+        if not fits(offer) or offer.as_asked or offer.levers in labels:
             continue
         words = [word for name, word in WORDS.items() if getattr(offer.levers, name) != getattr(run.levers, name)]
         text = "+".join(words)

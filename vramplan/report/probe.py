@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vramplan.core.recipes import checkpointing_text
 from vramplan.core.types import Plan, Probe
 from vramplan.core.units import GIB, human
 from vramplan.report import tables
@@ -59,7 +60,7 @@ def probe_table(screen: Console, probes: tuple[Probe, ...]) -> Table:
         modelled = "-" if probe.predicted_tokens_per_s is None else f"~{probe.predicted_tokens_per_s:,}"
         table.add_row(
             f"{probe.micro_batch_size} x {probe.accumulation}",
-            probe.levers.checkpointing + (", offloaded" if probe.levers.checkpoint_offload else ""),
+            checkpointing_text(probe.levers),
             f"{probe.predicted_bytes / GIB:.2f}",
             "-" if probe.allocated_bytes is None else f"{probe.allocated_bytes / GIB:.2f}",
             modelled,

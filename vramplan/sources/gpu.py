@@ -18,7 +18,7 @@ from typing import Any
 from vramplan.core.types import GpuProfile, GpuState
 from vramplan.errors import InputError, VramplanError
 from vramplan.sources.nvml_calls import ELSEWHERE, Calls, whole, words
-from vramplan.sources.nvml_processes import listed, name_of, others
+from vramplan.sources.nvml_processes import Listed, listed, name_of, others
 from vramplan.sources.nvml_state import busy, read_state
 from vramplan.sources.nvml_visible import Visible, visible
 from vramplan.sources.profiles import find_gpu
@@ -83,15 +83,11 @@ class Nvml:
 
     def process_bytes(self, index: int, pid: int) -> int | None:
         """Bytes of one process on the card, its CUDA context included; None if NVML cannot say."""
-        handle = self._card(index).handle
-        found = listed(self._calls, handle, self._memory(handle)[0])
-        return next((process.used_bytes for process in found if process.pid == pid), None)
+        return next((process.used_bytes for process in self._listed(index) if process.pid == pid), None)
 
     def sizes(self, index: int = 0) -> dict[int, int | None]:
         """Bytes of every other process on the card by the number that NVML has for it; None where it has no size."""
-        handle = self._card(index).handle
-        found = listed(self._calls, handle, self._memory(handle)[0])
-        return {p.pid: p.used_bytes for p in found if p.pid is not None and p.pid != os.getpid()}
+        return {p.pid: p.used_bytes for p in self._listed(index) if p.pid is not None and p.pid != os.getpid()}
 
     def process_name(self, pid: int) -> str | None:
         """What runs under a number of `sizes`; None where that is not one of here."""
@@ -153,6 +149,10 @@ class Nvml:
             raise card.error
         return card
 
+    def _listed(self, index: int) -> list[Listed]:
+        handle = self._card(index).handle
+        return listed(self._calls, handle, self._memory(handle)[0])
+
     def _memory(self, handle: Any) -> tuple[int, int, int | None]:
         """Total, free and driver-reserved bytes; reserved is None where only version 1 of the call exists."""
         calls = self._calls
@@ -166,7 +166,7 @@ class Nvml:
             raise VramplanError(f"NVML reports an impossible memory size ({free} of {total} bytes free)", ELSEWHERE)
         return total, free, reserved if reserved is not None and 0 <= reserved <= total - free else None
 
-    def _load(self, handle: Any) -> tuple[tuple[int, int, int | None], list[Any]]:
+    def _load(self, handle: Any) -> tuple[tuple[int, int, int | None], list[Listed]]:
         """Memory and processes of one moment: a process may have ended between the two questions."""
         for _ in range(_LOOKS):
             total, free, reserved = memory = self._memory(handle)

@@ -20,7 +20,7 @@ from vramplan.train.fsdp import Sharding
 from vramplan.train.guard import Guard
 from vramplan.train.health import Health
 from vramplan.train.load import load_model
-from vramplan.train.lora import add_lora, fuse, prepare
+from vramplan.train.lora import add_lora, fuse, prepare, stochastic
 from vramplan.train.meter import Meter
 from vramplan.train.parallel import World
 from vramplan.train.pressure import Card
@@ -128,19 +128,17 @@ def make_graphs(trainer: QloraTrainer, run: RunSpec, progress: Progress) -> Grap
     fused, device = trainer.fused, trainer.meter.device
     if fused is None or trainer.head is None or device.type != "cuda":
         return None
-    if not run.schedule.cuda_graphs or run.schedule.full_determinism or draws(trainer.model):
-        return None
+    if not run.schedule.cuda_graphs or run.schedule.full_determinism or stochastic(trainer.model):
+        return None  # what is drawn within a graph would be drawn again and again
 
     def tell(message: str) -> None:
         progress.phase("graphs", message)
 
-    return Graphs(trainer.static_micro_step, trainer.trained, fused.forget, tell, CudaGraphs(device))
+    def ready() -> None:
+        if trainer.guard is not None:
+            trainer.guard.gradients.ready()
 
-
-def draws(model: Any) -> bool:
-    """Whether a forward draws random numbers, which a graph would draw again and again."""
-    layers = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
-    return layers or bool(getattr(model.config.get_text_config(), "attention_dropout", 0.0))
+    return Graphs(trainer.static_micro_step, trainer.trained, fused.forget, tell, CudaGraphs(device), ready)
 
 
 def _redo(trainer: QloraTrainer, world: World, inputs: dict[str, Any]) -> Any:

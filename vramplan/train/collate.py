@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from vramplan.core.lengths import MULTIPLE
 from vramplan.core.units import round_up
 from vramplan.core.varlen import documents
 from vramplan.train.store import IGNORED, Example
 
 if TYPE_CHECKING:
     import torch
-
-_MULTIPLE = 8  # tensor cores like lengths that divide by 8
 
 
 class Collator:
@@ -56,9 +55,9 @@ class Collator:
 
 def padded(longest: int, most: int | None = None) -> int:
     """Tokens that rows are padded to, the longest of which has `longest`."""
-    if longest <= _MULTIPLE:
+    if longest <= MULTIPLE:
         return longest
-    width = round_up(longest, _MULTIPLE)
+    width = round_up(longest, MULTIPLE)
     return width if most is None else max(longest, min(width, most))
 
 

@@ -156,8 +156,6 @@ class QloraTrainer(Evaluating):
 
         if self.graphs is None or num_items_in_batch is None:
             return ordinary()
-        if self.guard is not None:
-            self.guard.gradients.ready()
         items = torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=self.args.device)
         tensors = {name: value for name, value in of_one_shape(inputs).items() if name != "attention_mask"}
         loss = self.graphs.run(tensors, items, ordinary)

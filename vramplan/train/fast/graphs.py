@@ -59,6 +59,7 @@ class Graphs:
 
     `step` plays a micro-step that depends on nothing but its tensors. `parameters`: whose gradients it adds to.
     `forget`: drops what an interrupted step has left. `tell` gets a line for each graph, and why there are no more.
+    `ready` is called before a graph is played: nobody else can say when its backward begins.
     """
 
     step: MicroStep
@@ -66,6 +67,7 @@ class Graphs:
     forget: Callable[[], None]
     tell: Callable[[str], None]
     recorder: Recorder
+    ready: Callable[[], None] = lambda: None
     off: str = ""  # why there will be no more of them
     made: dict[Key, _Graph] = field(default_factory=dict)
     seen: dict[Key, int] = field(default_factory=dict)
@@ -80,6 +82,7 @@ class Graphs:
             self._hold_gradients()
         graph = self.made.get(key)
         if graph is not None:
+            self.ready()
             return graph.replay(inputs, items)
         begun = time.perf_counter()
         loss = ordinary()
