@@ -20,6 +20,7 @@ from vramplan.train import trainer as trainer_module  # noqa: E402
 from vramplan.train.collate import Collator, of_one_shape  # noqa: E402
 from vramplan.train.fast.graphs import MOST, WATCHED, Graphs, key_of  # noqa: E402
 from vramplan.train.fused_loss import every_row, labelled_rows  # noqa: E402
+from vramplan.train.rehearsal import Rehearsal  # noqa: E402
 
 
 class Noted:
@@ -158,6 +159,25 @@ def test_what_is_captured_is_training(tmp_path: Path) -> None:
     model.eval()
     made.trainer.static_micro_step({k: v for k, v in batch.items() if k != "attention_mask"}, torch.tensor(9.0))
     assert modes == [True]
+
+
+def test_the_first_step_is_an_ordinary_one_whatever_was_rehearsed(tmp_path: Path) -> None:
+    """It alone can be measured: the inside of a graph is not seen by the allocator."""
+    noted, ordinary = Noted(), list[int]()
+    made = make(tmp_path, noted)
+    trainer = made.trainer
+    assert trainer.guard is not None
+    trainer.add_callback(Rehearsal(trainer, trainer.guard, made.events.append))
+    one_by_one = trainer._started_one_by_one
+
+    def counted(*inputs: Any) -> Any:
+        ordinary.append(trainer.state.global_step)
+        return one_by_one(*inputs)
+
+    trainer._started_one_by_one = counted
+    trainer.train()
+    rehearsed, first = 2, 2
+    assert ordinary == [0] * (rehearsed + first) and noted.played == 6
 
 
 def test_only_between_steps_and_not_for_ever_new_shapes(tmp_path: Path) -> None:

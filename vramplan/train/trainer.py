@@ -268,6 +268,8 @@ class QloraTrainer(Evaluating):
         """What was played so far counts for no step."""
         self.clear_gradients()
         self.window.forget()
+        if self.graphs is not None:  # the first step is an ordinary one, which alone can be measured
+            self.graphs.seen.clear()
         if self.health is not None:
             self.health.forget()
 
