@@ -19,10 +19,11 @@ from vramplan.cli import run as run_cli
 from vramplan.core import calibrate as core
 from vramplan.core.calibrate import LIMITS, Timed, context_bytes, fit_speed, mean_error, reserved_factor, timed_step
 from vramplan.core.ledger import estimate
-from vramplan.core.speed import rates, work
+from vramplan.core.speed import rates, seconds_of
 from vramplan.core.timeline import play as played_step
 from vramplan.core.types import Calibration, GpuProfile, MeasuredPhase, Measurement, SpeedFactors
 from vramplan.core.units import MIB
+from vramplan.core.work import work
 from vramplan.launch import calibrating
 from vramplan.launch.calibrating import CASES, FEWEST, case_model, case_run
 from vramplan.sources import calibration, gpu, records
@@ -31,7 +32,9 @@ from vramplan.sources.profiles import load_gpu
 
 NAMES = tuple(LIMITS)
 NOW = {**VERSIONS, "driver": "580"}
-TRUE = SpeedFactors(matmul_share=0.55, bandwidth_share=0.6, launch_seconds=60e-6, graphed_seconds=9e-6)
+TRUE = SpeedFactors(
+    matmul_share=0.55, attention_share=0.35, bandwidth_share=0.6, launch_seconds=60e-6, graphed_seconds=9e-6
+)
 
 
 # ----------------------------------------------------------------------------------------------------- factors
@@ -50,7 +53,7 @@ WORKS = {name: works(load_gpu(name)) for name in ("rtx-4090", "h200")}
 def timed(name: str, true: SpeedFactors) -> tuple[list[Timed], tuple[int, int]]:
     known = rates(load_gpu(name))
     assert known is not None
-    return [Timed(each, each.seconds(true, *known)) for each in WORKS[name]], known
+    return [Timed(each, seconds_of(each, true, *known)) for each in WORKS[name]], known
 
 
 def off(found: SpeedFactors, true: SpeedFactors) -> dict[str, float]:
@@ -288,7 +291,7 @@ def script(true: SpeedFactors, card: GpuProfile, **changes: str) -> str:
     table = {}
     for case in CASES:
         model, run = case_model(case)[0], case_run(case)
-        seconds = work(model, run, played_step(model, run, card)).seconds(true, *known)
+        seconds = seconds_of(work(model, run, played_step(model, run, card)), true, *known)
         peak = estimate(model, run, card).peak
         key = str([run.micro_batch_size, run.seq_len, run.recipe, case.graphs, case.checkpointing, model.hidden_size])
         table[key] = [run.micro_batch_size * run.seq_len / seconds, peak.allocated_bytes, peak.reserved_bytes]
@@ -341,7 +344,7 @@ def test_the_whole_command_finds_what_the_card_is_like(calibrated: Any) -> None:
     assert abs(found.context_bytes - 500 * MIB) <= 2 * MIB and found.reserved_factor <= 1.001
     assert (found.card, found.rows, dict(found.versions)) == (CARD.name, len(CASES), NOW)
     assert calibrated.bench.count() == len(CASES)
-    assert "1/9  wide 1 x 2048, lean, checkpointing all  0:03:00 left" in result.err
+    assert "1/10  wide 1 x 2048, lean, checkpointing all  0:03:20 left" in result.err
     assert "calibrated on" in result.out and "55%" in result.out and "kept in  " in result.out
     assert [path.name for path in calibration.folder().iterdir()] == ["rtx306012gb-12288.json"]
 
@@ -355,7 +358,7 @@ def test_an_interrupted_set_goes_on_where_it_was(calibrated: Any) -> None:
     result = calibrated(script(TRUE, CARD))
     assert result.code == 0 and kept().rows == len(CASES)
     assert calibrated.bench.count() == len(CASES) + 1  # the interrupted one alone was played again
-    assert "4/9  " in result.err and "3/9  " not in result.err
+    assert "4/10  " in result.err and "3/10  " not in result.err
 
 
 def test_ctrl_c_while_waiting_for_the_card(calibrated: Any, monkeypatch: pytest.MonkeyPatch) -> None:

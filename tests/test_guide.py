@@ -17,7 +17,6 @@ from vramplan.core.recipes import RECIPES
 from vramplan.core.room import MAX_BATCH, Quick, judge
 from vramplan.core.savings import changed, savings
 from vramplan.core.sizes import BEYOND_BYTES, Family, Sizes
-from vramplan.core.speed import tokens_per_s
 from vramplan.core.timeline import play
 from vramplan.core.types import GpuProfile, Levers, Lora, ModelSpec, Offer, RunSpec, Unplannable
 from vramplan.core.units import GIB
@@ -70,7 +69,7 @@ def check(spec: ModelSpec, run: RunSpec, gpu: GpuProfile, found: Offer) -> None:
     if found.fastest is not None:
         best = replace(run, levers=found.fastest.levers, micro_batch_size=found.fastest.micro_batch_size)
         assert fits(best)
-        assert found.tokens_per_s == found.fastest.tokens_per_s == tokens_per_s(spec, best, gpu, play(spec, best, gpu))
+        assert found.tokens_per_s == found.fastest.tokens_per_s == Quick(spec).speed(best, gpu)
 
 
 def chosen_offloads(found: Offer) -> bool:
@@ -249,7 +248,7 @@ def test_the_fastest_is_at_least_as_fast_as_every_power_of_two_that_fits():
                 levers = replace(run.levers, checkpointing=checkpointing, checkpoint_offload=offload)
                 other = replace(run, micro_batch_size=micro, levers=levers)
                 if judge(estimate(spec, other, gpu), gpu) != NONE:
-                    assert (tokens_per_s(spec, other, gpu, play(spec, other, gpu)) or 0) <= 1.03 * best
+                    assert (Quick(spec).speed(other, gpu) or 0) <= 1.03 * best
 
 
 def test_the_cheapest_holds_the_run():

@@ -58,9 +58,11 @@ def _run(params: build.Params, spec: ModelSpec) -> tuple[RunSpec, Lengths | None
 def _plan(params: build.Params, spec: ModelSpec, run: RunSpec, card: GpuProfile, lengths: Lengths | None) -> Plan:
     """The plan, and warnings about it on stderr."""
     from vramplan.core.plan import plan as make_plan
+    from vramplan.sources.host import checkpoint_limit_bytes
 
     free, wanted = _free(params), (params["effective_batch_size"], params["objective"])
-    plan = make_plan(spec, run, card, *wanted, free=free, lengths=lengths)
+    limit = checkpoint_limit_bytes() if params["gpu"] == "live" else None  # another card's computer is not known
+    plan = make_plan(spec, run, card, *wanted, free=free, lengths=lengths, host_limit_bytes=limit)
     build.warn(*plan.ledger.warnings)
     if lengths is not None:
         _say_packed(plan, make_plan(spec, replace(plan.run, packing=True), card, *wanted, free=free))

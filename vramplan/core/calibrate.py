@@ -10,15 +10,17 @@ from math import exp, log
 from statistics import median
 from typing import NamedTuple
 
-from .speed import Work, rates, work
+from .speed import rates, seconds_of
 from .timeline import play
 from .types import Calibration, GpuProfile, MeasuredPhase, Measurement, SpeedFactors
 from .units import MIB
+from .work import Work, work
 
 # What a factor may be, so that a bad measurement cannot steer a plan: (least, most). A share can be above 1 where a
 # tensor that is counted as moved stays in the cache.
 LIMITS = {
     "matmul_share": (0.05, 1.0),
+    "attention_share": (0.05, 1.0),
     "bandwidth_share": (0.05, 2.0),
     "launch_seconds": (2e-6, 1e-3),
     "graphed_seconds": (1e-6, 1e-3),
@@ -107,7 +109,7 @@ def timed_step(measurement: Measurement) -> Timed | None:
 def fit_speed(rows: Sequence[Timed], flops_per_s: int, bandwidth_bytes_per_s: int) -> SpeedFactors:
     """The factors with the least squared errors of the logarithm of time, large errors counting less.
 
-    A descent along one factor at a time: the time is a maximum, not smooth, and there are only four. What no row
+    A descent along one factor at a time: the time is a maximum, not smooth, and there are only five. What no row
     depends on stays at its default.
     """
     start = SpeedFactors()
@@ -117,7 +119,7 @@ def fit_speed(rows: Sequence[Timed], flops_per_s: int, bandwidth_bytes_per_s: in
 
     def loss(at: Sequence[float]) -> float:
         speed = _factors(names, at)
-        errors = [log(row.work.seconds(speed, flops_per_s, bandwidth_bytes_per_s) / row.seconds) for row in rows]
+        errors = [log(seconds_of(row.work, speed, flops_per_s, bandwidth_bytes_per_s) / row.seconds) for row in rows]
         return sum(map(_huber, errors)) + PRIOR * sum((a - b) ** 2 for a, b in zip(at, default, strict=True))
 
     point = _descend(loss, point, [tuple(map(log, LIMITS[name])) for name in names])
@@ -154,5 +156,5 @@ def _descend(
 
 def mean_error(rows: Sequence[Timed], speed: SpeedFactors, flops_per_s: int, bandwidth_bytes_per_s: int) -> float:
     """The mean of |modelled / measured - 1| over the rows."""
-    ratios = [row.work.seconds(speed, flops_per_s, bandwidth_bytes_per_s) / row.seconds for row in rows]
+    ratios = [seconds_of(row.work, speed, flops_per_s, bandwidth_bytes_per_s) / row.seconds for row in rows]
     return round(sum(abs(ratio - 1) for ratio in ratios) / len(ratios), 4)

@@ -28,6 +28,7 @@ SHAPED = ("adafactor",)  # optimizers whose state depends on a parameter's shape
 
 # A huge weight is dequantised in pieces of at most this size, so that it never stands in bf16 as a whole.
 SLICE_BYTES = 128 * 2**20
+GRAPH_SPARE_BYTES = 256 * 2**20  # CUDA graphs are made where so much is left beside the activations that they hold
 _ROWS = 64  # slices begin at multiples of it, so that every block of 64 weights lies in one
 
 
@@ -48,8 +49,8 @@ def is_fused(spec: ModelSpec, run: RunSpec) -> bool:
 def graphed(spec: ModelSpec, run: RunSpec) -> bool:
     """Whether micro-steps that are short to run are started as one CUDA graph (`train/fast/graphs.py`).
 
-    Rows of changing lengths seldom have the same shape twice, and what draws random numbers is not captured. That the
-    card has room for it is taken for granted: this is asked for speed, not for memory.
+    Rows of changing lengths seldom have the same shape twice, and what draws random numbers is not captured. Whether
+    the card has room for it is another question: `speed.graphs_fit`.
     """
     one_shape = run.packing or not run.padding
     dropout = spec.residual_dropout or spec.embedding_dropout or spec.attention_dropout

@@ -177,8 +177,15 @@ def _speeds(sizes: Sizes, run: RunSpec, gpu: GpuProfile) -> tuple[list[tuple[int
     micro = 1
     while sizes.may_fit(larger := replace(run, micro_batch_size=micro), gpu):
         speed = sizes.quick.speed(larger, gpu)
-        if speed is None or (out and speed < GAIN * out[-1][0]) or micro > MAX_BATCH:
+        if speed is None or micro > MAX_BATCH:
+            return out, True
+        if out and speed < GAIN * out[-1][0] and not _lost_graphs(sizes, out[-1][1], larger, gpu):
             return out, True
         out.append((speed, larger))
         micro *= 2
     return out, False
+
+
+def _lost_graphs(sizes: Sizes, smaller: RunSpec, larger: RunSpec, gpu: GpuProfile) -> bool:
+    """Whether the larger micro-batch has no room for CUDA graphs any more: one larger still may be faster again."""
+    return sizes.quick.lacks_graphs(larger, gpu) and not sizes.quick.lacks_graphs(smaller, gpu)

@@ -12,6 +12,7 @@ from .types import SEARCHED, Candidate, GpuProfile, Ledger, Lengths, Levers, Mod
 from .units import human
 
 CHECKPOINTING = ("none", "every-4", "every-2", "all")
+TIE = 0.02  # a difference of modelled tokens/s that decides nothing
 OFFLOADED = ("every-2", "all")  # with so many checkpoints it pays to hold them in host memory
 
 
@@ -24,6 +25,7 @@ def plan(
     *,
     free: tuple[str, ...] = SEARCHED,
     lengths: Lengths | None = None,
+    host_limit_bytes: int | None = None,
 ) -> Plan:
     """The best run of this model on this card with exactly this effective batch.
 
@@ -31,17 +33,35 @@ def plan(
     as asked. `objective` "speed" takes the most tokens per second (modelled; the larger micro-batch and the less
     checkpointing where the card's rates are unknown), "memory" the fewest bytes, "context" the levers with the fewest
     bytes and then the longest sequence that fits with them. With `lengths`, those of the data, memory is that of the
-    longest batch, and speed that of the usual one, padding not counted. What cannot fit is a Plan too, with verdict
-    "does_not_fit" and advice. Raises Unplannable.
+    longest batch, and speed that of the usual one, padding not counted. `host_limit_bytes`: of the computer's memory
+    for checkpoints, where that is known. What cannot fit is a Plan too, with verdict "does_not_fit" and advice. Raises
+    Unplannable.
     """
+    found = _search(model, run, gpu, effective_batch_size, objective, free, lengths, host_limit_bytes)
+    return found if lengths is None else replace(found, lengths=lengths)
+
+
+def _search(
+    model: ModelSpec,
+    run: RunSpec,
+    gpu: GpuProfile,
+    effective_batch_size: int,
+    objective: str,
+    free: tuple[str, ...],
+    lengths: Lengths | None,
+    host_limit_bytes: int | None,
+) -> Plan:
     quick = Quick(model, lengths)
     if lengths is not None:
         run = longest_run(run, lengths)
     candidates: list[tuple[Candidate, RunSpec]] = []
     for variant in settings_of(run, free):
         for micro in _micro_batches(quick, variant, gpu, effective_batch_size, objective):
-            candidates.append(_candidate(quick, variant, gpu, effective_batch_size, micro))
-    ranked = sorted(candidates, key=lambda pair: _rank(pair[0], objective))
+            pair = _candidate(quick, variant, gpu, effective_batch_size, micro)
+            small = host_limit_bytes is None or _host_bytes(model, pair[1]) <= host_limit_bytes
+            if small or "checkpoint_offload" not in free:
+                candidates.append(pair)
+    ranked = _best_first(model, candidates, objective)
     for candidate, chosen in ranked:
         if candidate.verdict == "does_not_fit":
             continue
@@ -52,8 +72,7 @@ def plan(
             tried = [exact if c is candidate else c for c, _ in ranked]
             if objective == "context":
                 return _longest(quick, ledger, settings_of(chosen, free), gpu, effective_batch_size, tried)
-            made = _plan(ledger, gpu, effective_batch_size, verdict, tried, exact, objective)
-            return replace(made, lengths=lengths)
+            return _plan(ledger, gpu, effective_batch_size, verdict, tried, exact, objective)
     smallest = min((pair for pair in candidates), key=lambda pair: pair[0].device_bytes)[1]
     return _impossible(quick, model, smallest, gpu, effective_batch_size, [c for c, _ in ranked])
 
@@ -71,8 +90,8 @@ def settings_of(run: RunSpec, free: tuple[str, ...]) -> list[RunSpec]:
 
 
 def _micro_batches(quick: Quick, run: RunSpec, gpu: GpuProfile, effective: int, objective: str) -> list[int]:
-    """For speed the largest divisor that fits and its smaller neighbour: by this model none below is faster. Where rows
-    differ in length it may be, for lack of padding."""
+    """For speed the largest divisor that fits and its smaller neighbours, to the first with room for CUDA graphs: by
+    this model none below is faster. Where rows differ in length it may be, for lack of padding."""
     options = divisors(effective)
     if objective != "speed":
         return options[:1]
@@ -80,6 +99,8 @@ def _micro_batches(quick: Quick, run: RunSpec, gpu: GpuProfile, effective: int, 
         lambda n: quick.bytes(_split(run, options[n - 1], effective), gpu) <= gpu.usable_bytes, len(options)
     )
     least = 0 if quick.lengths is not None and not run.packing else max(0, count - 2)
+    while least and quick.lacks_graphs(_split(run, options[least], effective), gpu):
+        least -= 1
     return options[least : max(count, 1)]
 
 
@@ -99,6 +120,23 @@ def _candidate(quick: Quick, run: RunSpec, gpu: GpuProfile, effective: int, micr
         tokens_per_s=quick.speed(variant, gpu),
     )
     return candidate, variant
+
+
+def _best_first(
+    model: ModelSpec, candidates: list[tuple[Candidate, RunSpec]], objective: str
+) -> list[tuple[Candidate, RunSpec]]:
+    """By rank; but of what is as fast as the fastest, by less than the model of speed can tell, that which needs the
+    least of the computer's memory comes first."""
+    ranked = sorted(candidates, key=lambda pair: _rank(pair[0], objective))
+    if objective != "speed" or ranked[0][0].verdict == "does_not_fit":
+        return ranked
+    enough = (1 - TIE) * (ranked[0][0].tokens_per_s or 0)
+    near = [p for p in ranked if p[0].verdict != "does_not_fit" and (p[0].tokens_per_s or 0) >= enough]
+    return sorted(near, key=lambda pair: _host_bytes(model, pair[1])) + [p for p in ranked if p not in near]
+
+
+def _host_bytes(model: ModelSpec, run: RunSpec) -> int:
+    return host_bytes(model, run) if run.levers.checkpoint_offload and run.levers.checkpointing != "none" else 0
 
 
 def _rank(candidate: Candidate, objective: str) -> tuple[bool, int, int, bool, int]:
@@ -125,9 +163,14 @@ def _plan(
     why = "the fastest of" if objective == "speed" else "the smallest of"
     reason = (
         f"micro-batch {run.micro_batch_size} x accumulation {run.accumulation} with {named(run.levers)} is {why} "
-        f"{len(candidates)} combinations tried{speed}{_instead(candidates, chosen, objective)}"
+        f"{len(candidates)} combinations tried{speed}{_instead(candidates, chosen, objective)}{_on_host(ledger)}"
     )
     return _of(ledger, gpu, effective, verdict, reason, candidates)
+
+
+def _on_host(ledger: Ledger) -> str:
+    size = _host_bytes(ledger.model, ledger.run)
+    return f"; the checkpoints take {human(size)} of the computer's memory" if size else ""
 
 
 def named(levers: Levers) -> str:
@@ -176,8 +219,7 @@ def _longest(
     )
     if run.seq_len == model.max_position_embeddings:
         reason += ", all that the model knows positions for"
-    if run.levers.checkpoint_offload:
-        reason += f"; the checkpoints take {human(host_bytes(model, run))} of the computer's memory"
+    reason += _on_host(ledger)
     return _of(ledger, gpu, effective, judge(ledger, gpu), reason, candidates)
 
 

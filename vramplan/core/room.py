@@ -7,11 +7,12 @@ from dataclasses import replace
 
 from . import resident
 from .chip import traits
+from .fused import graphed
 from .ledger import MARGIN, estimate
 from .lengths import real_share, usual_width
 from .parallel import outside_bytes, shards
 from .replay import workspaces
-from .speed import tokens_per_s
+from .speed import graphs_fit, tokens_per_s
 from .timeline import play
 from .types import GpuProfile, GpuVerdict, Ledger, Lengths, ModelSpec, RunSpec
 from .unroll import Unrolled
@@ -43,11 +44,16 @@ class Quick:
 
     def speed(self, run: RunSpec, gpu: GpuProfile) -> int | None:
         """Modelled tokens per second; padding is none of them."""
+        graphs = not self.lacks_graphs(run, gpu)
         if self.lengths is None or run.packing:
-            return tokens_per_s(self.model, run, gpu, self._played(run, gpu)[1])
+            return tokens_per_s(self.model, run, gpu, self._played(run, gpu)[1], graphs)
         usual = replace(run, seq_len=usual_width(run, self.lengths))
-        speed = tokens_per_s(self.model, usual, gpu, self._played(usual, gpu)[1])
+        speed = tokens_per_s(self.model, usual, gpu, self._played(usual, gpu)[1], graphs)
         return None if speed is None else round(speed * real_share(run, self.lengths))
+
+    def lacks_graphs(self, run: RunSpec, gpu: GpuProfile) -> bool:
+        """Whether the run would have CUDA graphs if the card had room for them."""
+        return graphed(self.model, run) and not graphs_fit(self.bytes(run, gpu), gpu)
 
     def tensor_bytes(self, run: RunSpec, gpu: GpuProfile) -> int:
         """All tensors at the highest point: no card holds the run in less."""

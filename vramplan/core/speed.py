@@ -1,9 +1,9 @@
-"""Tokens per second, modelled: what the played step computes and moves, over what the card can.
+"""Tokens per second, modelled: what the step has to do (`work.py`), over what the card can.
 
-Matrix products at a share of the card's dense bf16 rate; every tensor born in the step written once and read twice at
-a share of its memory bandwidth; and never faster than the CPU can launch one kernel per tensor. The shares are the
-card's `SpeedFactors`: read off the rows of one card (docs/measurements) unless `vramplan calibrate` has measured them;
-treat the result as a guide, not a promise.
+Matrix products and attention each at a share of the card's dense bf16 rate, traffic at a share of its memory
+bandwidth, one after the other; and never faster than the processor can launch one kernel per tensor. The shares are
+the card's `SpeedFactors`: read off the rows of one card (docs/measurements) unless `vramplan calibrate` has measured
+them; treat the result as a guide, not a promise.
 
 Several cards work at the pace of one, wait for the sum of the gradients once per step (a ring: twice the bytes over the
 link), and where they share the weights out, for the gathering of layers that does not hide behind the computing. The
@@ -12,60 +12,30 @@ link is taken to be PCIe: cards with NVLink are faster.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-from . import architecture as arch
-from .fused import graphed, is_fused, skips_last
+from .fused import GRAPH_SPARE_BYTES
 from .parallel import layer_matrices, shards
 from .resident import lora_bytes
 from .timeline import checkpoint_period
 from .types import GpuProfile, ModelSpec, RunSpec, SpeedFactors
 from .unroll import Unrolled
+from .work import Work, work
 
 LINK_SHARE, LINK_BYTES_PER_S = 0.75, 16 * 10**9  # of the card's PCIe rate; what is taken where that is not known
-TOUCHES = 3  # a tensor is written once and read twice
 
 
-class Work(NamedTuple):
-    """What one micro-step gives the card to do."""
-
-    flops: int
-    traffic_bytes: float
-    kernels: float
-    graphed: bool
-
-    def seconds(self, speed: SpeedFactors, flops_per_s: int, bandwidth_bytes_per_s: int) -> float:
-        compute = self.flops / (speed.matmul_share * flops_per_s)
-        traffic = self.traffic_bytes / (speed.bandwidth_share * bandwidth_bytes_per_s)
-        each = speed.graphed_seconds if self.graphed else speed.launch_seconds
-        return max(compute + traffic, self.kernels * each)
+def seconds_of(work: Work, speed: SpeedFactors, flops_per_s: int, bandwidth_bytes_per_s: int) -> float:
+    """The time of one micro-step on a card with these rates and factors."""
+    busy = work.product_flops / (speed.matmul_share * flops_per_s)
+    busy += work.attention_flops / (speed.attention_share * flops_per_s)
+    busy += work.traffic_bytes / (speed.bandwidth_share * bandwidth_bytes_per_s)
+    each = speed.graphed_seconds if work.graphed else speed.launch_seconds
+    return max(busy, work.kernels * each)
 
 
-def step_flops(model: ModelSpec, run: RunSpec) -> int:
-    """Floating-point operations of one micro-step: forward, recomputation, gradients of the inputs."""
-    tokens = run.micro_batch_size * run.seq_len
-    weights = sum(x.in_features * x.out_features for x in arch.layer_linears(model))
-    if model.num_experts:  # only the chosen experts of a token are multiplied
-        inner = model.moe_intermediate_size or model.intermediate_size
-        weights += model.hidden_size * (3 * inner * model.num_experts_per_token + model.num_experts)
-    causal = 2 * run.seq_len * arch.query_width(model)  # two products, half of the square
-    layers = model.num_layers
-    again = 0
-    if run.levers.checkpointing != "none":
-        again = -(-layers // checkpoint_period(run.levers.checkpointing))
-    per_layer = 2 * weights + causal
-    left_out = 2 * model.hidden_size * model.intermediate_size if is_fused(model, run) and skips_last(model) else 0
-    forward = layers * per_layer + again * (per_layer - left_out)
-    backward = layers * (2 * weights + 5 * causal // 2)
-    head = 2 * 2 * model.vocab_size * model.hidden_size
-    return tokens * (forward + backward + head)
-
-
-def work(model: ModelSpec, run: RunSpec, unrolled: Unrolled) -> Work:
-    """The work of one micro-step, its share of the optimizer's step included."""
-    born, kernels = unrolled.births()
-    micro_steps = min(run.accumulation, 2)  # what was played
-    return Work(step_flops(model, run), TOUCHES * born / micro_steps, kernels / micro_steps, graphed(model, run))
+def graphs_fit(device_bytes: int, gpu: GpuProfile) -> bool:
+    """Whether a card that holds a run of this size has room for its CUDA graphs: they need the activations once, which
+    the ordinary steps before them have given back, and a little to spare."""
+    return device_bytes + GRAPH_SPARE_BYTES <= gpu.usable_bytes
 
 
 def rates(gpu: GpuProfile) -> tuple[int, int] | None:
@@ -74,12 +44,18 @@ def rates(gpu: GpuProfile) -> tuple[int, int] | None:
     return (flops, gpu.bandwidth_bytes_per_s) if flops and gpu.bandwidth_bytes_per_s else None
 
 
-def tokens_per_s(model: ModelSpec, run: RunSpec, gpu: GpuProfile, unrolled: Unrolled) -> int | None:
-    """Modelled training speed of all cards together; None when the card's rates are not known."""
+def tokens_per_s(
+    model: ModelSpec, run: RunSpec, gpu: GpuProfile, unrolled: Unrolled, graphs: bool = True
+) -> int | None:
+    """Modelled training speed of all cards together; None when the card's rates are not known.
+
+    graphs: whether the card has room for CUDA graphs, where the run can have them (`graphs_fit`).
+    """
     known = rates(gpu)
     if known is None:
         return None
-    seconds = work(model, run, unrolled).seconds(gpu.speed, *known)
+    todo = work(model, run, unrolled)
+    seconds = seconds_of(todo._replace(graphed=todo.graphed and graphs), gpu.speed, *known)
     seconds = with_offload(seconds, model, run, gpu)
     gathering, summing = link_seconds(model, run, gpu)
     seconds = max(seconds, gathering) + summing / run.accumulation

@@ -348,12 +348,13 @@ class GpuState(Value):
 class SpeedFactors(Value):
     """How much of its datasheet's rates a card reaches in a training step, and what starting a kernel takes."""
 
-    matmul_share: float = 0.75  # of the dense bf16 rate
-    bandwidth_share: float = 0.75
+    matmul_share: float = 0.73  # of the dense bf16 rate
+    attention_share: float = 0.44  # of the same
+    bandwidth_share: float = 0.83
     # Per tensor born: Python, dispatch and launch on one core, PEFT's wrappers included; or, where a micro-step of
     # fused layers is started as one CUDA graph, what its smallest kernels take.
-    launch_seconds: float = 42e-6
-    graphed_seconds: float = 16e-6
+    launch_seconds: float = 65e-6
+    graphed_seconds: float = 20e-6
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)

@@ -70,6 +70,7 @@ CASES = (
     Case("wide", 2, 2048, checkpointing="none"),
     Case("narrow", 4, 1024, recipe="peft"),
     Case("wide", 4, 2048),
+    Case("middle", 1, 12288),
     Case("narrow", 8, 1024, checkpointing="none"),
 )
 
@@ -173,7 +174,7 @@ def case_model(case: Case) -> tuple[ModelSpec, dict[str, Any]]:
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads,
         "vocab_size": 32000,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": 16384,
     }
     return parse_config(config, name=case.shape, source="vramplan calibrate"), config
 

@@ -9,7 +9,7 @@ from vramplan.core.ledger import estimate
 from vramplan.core.parallel import outside_bytes
 from vramplan.core.recipes import checkpointing_text
 from vramplan.core.room import judge, largest
-from vramplan.core.speed import tokens_per_s
+from vramplan.core.speed import graphs_fit, tokens_per_s
 from vramplan.core.types import Candidate, Plan, Probe, RunSpec, Unplannable
 from vramplan.core.units import human
 from vramplan.errors import VramplanError
@@ -79,7 +79,8 @@ def probe_of(plan: Plan, played: Played, outside_bytes: int, cap_bytes: int | No
     over = process is not None and process > plan.budget_bytes
     rate = measured.tokens_per_s if measured is not None and played.finished and speed else 0.0
     model, gpu = plan.ledger.model, plan.gpu
-    predicted = tokens_per_s(model, plan.run, gpu, timeline.play(model, plan.run, gpu)) if speed else None
+    graphs = graphs_fit(peak.device_bytes, gpu)
+    predicted = tokens_per_s(model, plan.run, gpu, timeline.play(model, plan.run, gpu), graphs) if speed else None
     return Probe(
         levers=plan.run.levers,
         micro_batch_size=plan.run.micro_batch_size,

@@ -99,6 +99,7 @@ def calibration_table(screen: Console, found: Calibration) -> Table:
         ("CUDA context, MiB", f"{found.context_bytes / MIB:,.0f}", "of the card"),
         ("reserved over the replay's", f"{found.reserved_factor:.3f}", "1.000"),
         ("matrix products, of the peak rate", f"{speed.matmul_share:.0%}", f"{usual.matmul_share:.0%}"),
+        ("attention, of the peak rate", f"{speed.attention_share:.0%}", f"{usual.attention_share:.0%}"),
         ("memory traffic, of the peak rate", f"{speed.bandwidth_share:.0%}", f"{usual.bandwidth_share:.0%}"),
         ("start of a kernel, us", f"{speed.launch_seconds * 1e6:.1f}", f"{usual.launch_seconds * 1e6:.1f}"),
         ("the same in a CUDA graph, us", f"{speed.graphed_seconds * 1e6:.1f}", f"{usual.graphed_seconds * 1e6:.1f}"),
