@@ -129,7 +129,9 @@ class Rooms:
         *,
         free: tuple[str, ...] = (),
         lengths: Lengths | None = None,
+        host_limit_bytes: int | None = None,
     ) -> Plan:
+        self.host_limit_bytes = host_limit_bytes
         if not run.packing:  # with data packing is priced too, to say what it would bring
             self.run, self.objective, self.free, self.lengths = run, objective, free, lengths
         plan = make_plan(gpu=gpu, effective_batch_size=effective_batch_size)
