@@ -86,6 +86,7 @@ class Card:
             parameter.grad = None
         self.fused.forget()
         gc.collect()
+        torch._C._cuda_clearCublasWorkspaces()  # of the streams that graphs were captured on
         torch.cuda.empty_cache()
 
     def batch(self, rows: int, tokens: int) -> dict[str, Any]:

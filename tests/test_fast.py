@@ -131,6 +131,31 @@ def test_loss_and_gradients_are_the_libraries(models: Any, cls: str, checkpointi
         assert distance(gradients(model, fused), gradients(stock)) < 1e-5
 
 
+def masks(model: Any) -> list[Any]:
+    """What attention is given as its mask, layer by layer."""
+    found: list[Any] = []
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs: found.append(kwargs["attention_mask"]), with_kwargs=True
+        )
+        for name, module in model.named_modules()
+        if name.endswith("self_attn")
+    ]
+    step(model)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def test_the_capture_of_a_graph_has_no_mask_either(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one, attention keeps keys and values of every head, and is no flash kernel: more memory, and slower."""
+    monkeypatch.setattr("transformers.utils.import_utils.is_cuda_stream_capturing", lambda: True)
+    model = wrapped(models("LlamaForCausalLM"), Lora(r=8))
+    assert all(mask is not None for mask in masks(model))  # what transformers does by itself
+    with Installed(model):
+        assert masks(model) == [None] * 4
+
+
 @pytest.mark.parametrize("targets", [("q_proj", "down_proj"), ("k_proj",), ("up_proj", "o_proj"), ("v_proj", "q_proj")])
 def test_any_part_of_the_linears_may_be_adapted(models: Any, targets: tuple[str, ...]) -> None:
     lora = Lora(r=4, targets=targets)

@@ -178,11 +178,19 @@ def install(model: Any, levers: Levers, device: torch.device, skips_last: bool, 
         _fuse_norm(module, norms)
     fused.replaced = [module for module in decoder.modules() if "forward" in module.__dict__]
     _fuse_rotary(layers, model.get_base_model().config, fused)
-    # transformers looks for packed rows in every forward, and waits for the card to learn that there are none
-    fused.undo.append((masking_utils, "find_packed_sequence_indices", masking_utils.find_packed_sequence_indices))
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    _leave_out_masks(fused)
     _checkpoint(layers, levers, device, mlps, anchors, stochastic, fused)
     return fused
+
+
+def _leave_out_masks(fused: Fused) -> None:
+    """transformers looks for packed rows in every forward, and waits for the card to learn that there are none. And it
+    takes the capture of a CUDA graph for tracing, for which it makes a mask: keys and values of every head are then
+    kept, and attention is no flash kernel any more."""
+    ours = {"find_packed_sequence_indices": lambda position_ids: None, "is_tracing": lambda tensor=None: False}
+    for name, what in ours.items():
+        fused.undo.append((masking_utils, name, getattr(masking_utils, name)))
+        setattr(masking_utils, name, what)
 
 
 # -------------------------------------------------------------------------------------------------- one layer
