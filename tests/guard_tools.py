@@ -168,6 +168,7 @@ def make_trainer(
             relief=relief or Relief(),
             report=made.events.append,
             meter=meter,
+            drop_graphs=trainer.drop_graphs,
         )
 
         def redo(inputs: dict[str, Any]) -> Any:

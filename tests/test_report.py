@@ -435,6 +435,10 @@ def test_what_was_survived_in_words() -> None:
     )
     step = {**OOM, "where": "optimizer", "action": "retry", "requested_bytes": None}
     assert event_text(step) == "out of memory: step 12, optimizer: taken again"
+    without = {**OOM, "action": "drop_graphs", "micro_batch_size": 4, "requested_bytes": None}
+    for where, played in (("forward", ", 4 x 4,096 tokens"), ("evaluation", ", 4 x 4,096 tokens"), ("optimizer", "")):
+        text = f"out of memory: step 12, {where}{played}: redone without CUDA graphs"
+        assert event_text({**without, "where": where}) == text
     assert str(event_text({**OOM, "where": "evaluation"})).endswith("2 rows at a time from now on")
     assert event_text({**OOM, "action": "shrink"}) == (
         "micro-batch: 2 rows of 4,096 tokens at a time from step 12 on, accumulation 8: the effective batch stays"

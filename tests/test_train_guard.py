@@ -323,18 +323,22 @@ def test_when_nothing_is_left_the_end_says_what_was_tried(tmp_path: Path) -> Non
 
 # ---------------------------------------------------------------------------------- shrinking and growing for good
 class Room:
-    """A guard whose work fails above `capacity` tokens at a time."""
+    """A guard whose work fails above `capacity` tokens at a time; graphs hold `held` of them until they are dropped."""
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int, held: int = 0) -> None:
+        self.capacity, self.held = capacity, held
         self.events: list[dict[str, Any]] = []
         self.played: list[tuple[int, int]] = []
         self.card = Card(CPU)
         self.guard = Guard(
             rows=8, accumulation=2, width=100, parameters=lambda: [], card=self.card, relief=Relief(),
-            report=self.events.append, meter=Meter(CPU),
+            report=self.events.append, meter=Meter(CPU), drop_graphs=self.drop,
         )  # fmt: skip
         self.step_number = 0
+
+    def drop(self) -> bool:
+        held, self.held = self.held, 0
+        return held > 0
 
     def step(self, *widths: int) -> list[str]:
         """One optimizer step of micro-batches of 8 rows; what the guard did."""
@@ -349,7 +353,7 @@ class Room:
         return [event["action"] for event in self.events]
 
     def work(self, piece: dict[str, Any]) -> Any:
-        if rows_of(piece) * width_of(piece) > self.capacity:
+        if rows_of(piece) * width_of(piece) > self.capacity - self.held:
             raise torch.OutOfMemoryError(OOM_TEXT)
         self.played.append((rows_of(piece), width_of(piece)))
         return torch.zeros(())
@@ -409,6 +413,81 @@ def test_it_does_not_grow_where_the_card_shows_no_room(monkeypatch: pytest.Monke
         assert room.step(100) == []
     monkeypatch.setattr(room.card, "has_room", lambda peak: True)
     assert any("grow" in room.step(100) for _ in range(QUIET_STEPS))
+
+
+def test_what_graphs_held_says_nothing_about_the_micro_batch() -> None:
+    """However often they are made again: nothing is split, nothing shrinks, no growth was a mistake, none waits."""
+    room = Room(capacity=800, held=100)
+    assert room.step(100, 100) == ["drop_graphs"]
+    assert room.events == [
+        {"event": "oom", "step": 1, "action": "drop_graphs", "rows": 8, "tokens": 100, "micro_batch_size": 8,
+         "accumulation": 2, "where": "forward", "message": OOM_TEXT, "requested_bytes": 2 * 2**30}
+    ]  # fmt: skip
+    assert room.played == [(8, 100)] * 2
+    for _ in range(3):
+        room.held = 100
+        assert room.step(100, 100) == ["drop_graphs"]
+    assert room.guard.state == State(oom_events=4)
+
+    room = Room(capacity=450)
+    room.step(100, 100)  # now 4 rows at a time
+    room.capacity = 800
+    for _ in range(QUIET_STEPS - 1):
+        room.held = 500
+        assert room.step(100) == ["drop_graphs"]
+        assert room.events[0]["rows"] == room.events[0]["micro_batch_size"] == 4
+    assert room.step(100) == ["grow"]
+    room.held = 100
+    assert room.step(100) == ["drop_graphs"]
+    assert (room.guard.micro_batch_size, room.guard.state.quiet_steps) == (8, QUIET_STEPS)
+
+
+def test_what_fails_without_graphs_too_counts_as_ever() -> None:
+    room = Room(capacity=450, held=100)
+    assert room.step(100) == ["drop_graphs", "split"]
+    assert room.step(100) == ["split", "shrink"]
+    room.guard.at_once = True
+    room.guard.state.limit_tokens, room.held = None, 100
+    assert room.step(100) == ["drop_graphs", "split", "shrink"]
+
+
+def test_graphs_go_before_any_relief_is_taken() -> None:
+    room = Room(capacity=100, held=50)
+    relief = room.guard.relief = Endless()  # type: ignore[assignment]
+    assert room.step(100) == ["drop_graphs", "split", "split", "split"] and relief.taken == []
+    room.guard.state.limit_tokens, room.held = 100, 50
+    assert room.step(100) == ["drop_graphs"] and relief.taken == []
+
+
+def test_an_evaluation_goes_without_graphs_before_it_is_halved() -> None:
+    room = Room(capacity=800, held=100)
+    ones = torch.ones((8, 100), dtype=torch.long)
+    batch = {"input_ids": ones, "labels": ones, "attention_mask": ones}
+    evaluate = lambda: len(room.guard.evaluate(batch, room.work, 3))  # noqa: E731
+    assert evaluate() == 1 and room.guard.state == State(oom_events=1)
+    (event,) = room.events
+    assert (event["action"], event["where"], event["rows"], event["micro_batch_size"]) == (
+        "drop_graphs", "evaluation", 8, 8,
+    )  # fmt: skip
+    room.capacity, room.held = 400, 100
+    assert evaluate() == 2
+    room.capacity, room.held, room.guard.state.evaluation_rows = 100, 50, 1
+    assert evaluate() == 8
+    assert [event["action"] for event in room.events] == ["drop_graphs", "drop_graphs", "split", "drop_graphs"]
+
+
+def test_the_same_once_more_without_graphs() -> None:
+    room = Room(capacity=800)
+    for held, action in ((100, "drop_graphs"), (0, "retry")):
+        room.held, failing = held, [torch.OutOfMemoryError(OOM_TEXT)]
+
+        def work(failing: Any = failing) -> int:
+            if failing:
+                raise failing.pop()
+            return 7
+
+        assert room.guard.once_more(work, "optimizer", 5) == 7
+        assert (room.events[-1]["action"], room.events[-1]["where"], room.held) == (action, "optimizer", 0)
 
 
 def test_the_state_survives_a_checkpoint(tmp_path: Path) -> None:

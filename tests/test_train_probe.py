@@ -121,6 +121,12 @@ def test_graphs_come_after_the_memory_was_looked_at(played: Played, monkeypatch:
     assert made == [2]
 
 
+def test_room_for_graphs_is_asked_for_once(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = SimpleNamespace(run=lambda inputs, items, ordinary: ordinary(), recorder=SimpleNamespace(reserved_bytes=0))
+    monkeypatch.setattr(probing, "make_graphs", lambda *_: graphs)
+    assert played().steps == STEPS and graphs.tries == 1
+
+
 def test_lack_of_memory_ends_it(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(trainer: Any, batch: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")

@@ -56,6 +56,18 @@ def test_a_step_that_failed_is_taken_once(tmp_path: Path, optimizer: str, call: 
     assert [(e["where"], e["action"], e["step"]) for e in made.of("oom")] == [("optimizer", "retry", call)]
 
 
+@pytest.mark.parametrize("failing", [{2: "half"}, {2: "half", 3: "half"}])
+def test_a_step_goes_without_graphs_first(tmp_path: Path, failing: dict[int, str]) -> None:
+    clean = make_trainer(tmp_path, optimizer="adamw_torch", guarded=False)
+    clean.trainer.train()
+    made, held = make_trainer(tmp_path, optimizer="adamw_torch"), [True]
+    assert made.trainer.guard is not None
+    made.trainer.guard.drop_graphs = lambda: bool(held) and held.pop()
+    stumbling(made, failing).trainer.train()
+    same_parameters(clean.parameters(), made.parameters(), rtol=0 if len(failing) == 1 else 1e-5)
+    assert [e["action"] for e in made.of("oom")] == ["drop_graphs", "one_by_one"][: len(failing)]
+
+
 @pytest.mark.parametrize("optimizer", COPYING)
 def test_one_parameter_at_a_time(tmp_path: Path, optimizer: str) -> None:
     clean = make_trainer(tmp_path, optimizer=optimizer, guarded=False)

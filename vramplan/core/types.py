@@ -708,7 +708,7 @@ class Measurement(Value):
     message: str = ""
     prediction: Ledger | None = None
     gpu: GpuProfile | None = None
-    oom_events: int = 0  # survived: the micro-batch was split, or a lever turned
+    oom_events: int = 0  # survived: the micro-batch was split, graphs dropped, or a lever turned
     micro_batch_size: int | None = None  # rows at a time when it ended, of the longest; None: as asked
     skipped_steps: int = 0  # optimizer steps left out because a gradient was not finite
     gpus: int = 1

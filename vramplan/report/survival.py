@@ -14,6 +14,7 @@ Event = dict[str, Any]
 MEASURES = {
     "checkpoint": "redone with every layer checkpointed",
     "offload": "redone with checkpoints in host memory",
+    "drop_graphs": "redone without CUDA graphs",
     "retry": "taken again",
     "one_by_one": "taken one parameter at a time",
 }

@@ -105,21 +105,16 @@ def make_guard(trainer: QloraTrainer, run: RunSpec, splits: data.Splits, progres
     else:
         relief = FusedRelief(fused, run.levers, meter.device)
 
-    def forget() -> None:
-        if fused is not None:
-            fused.forget()
-        if trainer.graphs is not None:
-            trainer.graphs.drop("memory is short")
-
     return Guard(
         rows=run.micro_batch_size,
         accumulation=run.accumulation,
         width=splits.longest,
         parameters=lambda: trainer.trained,
-        card=Card(meter.device, forget),
+        card=Card(meter.device) if fused is None else Card(meter.device, fused.forget),
         relief=relief,
         report=progress.report,
         meter=meter,
+        drop_graphs=trainer.drop_graphs,
     )
 
 
@@ -138,7 +133,8 @@ def make_graphs(trainer: QloraTrainer, run: RunSpec, progress: Progress) -> Grap
         if trainer.guard is not None:
             trainer.guard.gradients.ready()
 
-    return Graphs(trainer.static_micro_step, trainer.trained, fused.forget, tell, CudaGraphs(device), ready)
+    recorder = CudaGraphs(device, lambda: trainer.meter.temporary_bytes)
+    return Graphs(trainer.static_micro_step, trainer.trained, fused.forget, tell, recorder, ready)
 
 
 def _redo(trainer: QloraTrainer, world: World, inputs: dict[str, Any]) -> Any:

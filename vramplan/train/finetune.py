@@ -214,6 +214,7 @@ def _train(trainer: QloraTrainer, checkpoint: Path | None, stop: StopSignal, pro
         raise type(error)(f"{error.message}; {kept}", error.hint) from error
     finally:
         stop.training = False
+        trainer.graphs = None  # what they hold is of no use to what follows
     patience = next((c for c in trainer.callback_handler.callbacks if isinstance(c, EarlyStopping)), None)
     if patience is not None and patience.is_over():
         progress.phase("train", f"stopped early at step {trainer.state.global_step}: the held-out loss does not fall")

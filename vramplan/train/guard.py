@@ -1,7 +1,8 @@
 """A micro-batch that does not fit is freed, split and redone inside the same optimizer step.
 
 The gradients go back to what they were before the micro-step, and every piece's loss is divided by the same number of
-tokens, so the update is that of the unsplit step. Order of measures: half the rows, down to single rows; then the next
+tokens, so the update is that of the unsplit step. Order of measures: CUDA graphs are dropped where there are any, and
+the same rows tried again, which says nothing about the micro-batch; half the rows, down to single rows; then the next
 lever of `relief.py`, with which all rows are tried again; when none is left the run ends, saying what was tried.
 
 How much runs at a time is remembered in tokens (rows x width), since that is what activations grow with: batches of
@@ -50,6 +51,7 @@ class Guard:
     """rows, accumulation: the planned micro-batch, and how many make a step; width: tokens of the longest row.
 
     `parameters` is asked once for what may get a gradient. `report` gets an `oom` event for everything that is done.
+    `drop_graphs` gives up CUDA graphs and says whether there were any.
     """
 
     def __init__(
@@ -63,9 +65,10 @@ class Guard:
         relief: Relief,
         report: Report,
         meter: Meter,
+        drop_graphs: Callable[[], bool] = lambda: False,
     ) -> None:
         self.rows, self.accumulation, self.width = rows, accumulation, width
-        self.gradients = Gradients(parameters)
+        self.gradients, self.drop_graphs = Gradients(parameters), drop_graphs
         self.card, self.relief, self.report, self.meter = card, relief, report, meter
         self.state = State()
         self.at_once = False  # one failure is enough to shrink: in the rehearsal, whose batch will come again
@@ -91,9 +94,11 @@ class Guard:
                 failure = self.card.failure(error)
                 if failure is None:
                     raise
-                rows = self._less(failure, rows, planned, step, error)
+                if self.drop_graphs():
+                    self._tell(failure, step, "drop_graphs", rows, self._piece[1], self.micro_batch_size)
+                else:
+                    rows, failures = self._less(failure, rows, planned, step, error), failures + 1
                 let_go(error)
-            failures += 1
             self.gradients.restore()
             self.card.free()
         if failures:
@@ -181,7 +186,7 @@ class Guard:
 
     # ---------------------------------------------------------------------------------- evaluation, and the rest
     def evaluate(self, inputs: Inputs, work: Callable[[Inputs], T], step: int) -> list[T]:
-        """`work` of each piece of an evaluation batch. A batch that does not fit halves them for good."""
+        """`work` of each piece of an evaluation batch. One that does not fit, graphs or not, halves them for good."""
         total = rows_of(inputs)
         while True:
             rows = min(self.state.evaluation_rows or total, total)
@@ -191,14 +196,17 @@ class Guard:
                 failure = self.card.failure(error, "evaluation")
                 if failure is None:
                     raise
-                if rows == 1:
+                if self.drop_graphs():
+                    self._tell(failure, step, "drop_graphs", rows, width_of(inputs), rows)
+                elif rows == 1:
                     raise OutOfMemory(
                         f"a row of {width_of(inputs):,} tokens does not fit by itself in an evaluation: "
                         f"{failure.message}",
                         "cut rows with --seq-len, or train without an evaluation",
                     ) from error
-                self.state.evaluation_rows = (rows + 1) // 2
-                self._tell(failure, step, "split", rows, width_of(inputs), self.state.evaluation_rows)
+                else:
+                    self.state.evaluation_rows = (rows + 1) // 2
+                    self._tell(failure, step, "split", rows, width_of(inputs), self.state.evaluation_rows)
                 let_go(error)
             self.card.free()
 
@@ -210,7 +218,7 @@ class Guard:
             failure = self.card.failure(error, where)
             if failure is None:
                 raise
-            self.tell(failure, step, "retry")
+            self.tell_retry(failure, step)
             let_go(error)
         self.card.free()
         return work()
@@ -219,6 +227,10 @@ class Guard:
     def tell(self, failure: Failure, step: int, action: str) -> None:
         """Record a failure that leaves the micro-batch as it is."""
         self._tell(failure, step, action, self.micro_batch_size, self.width, self.micro_batch_size)
+
+    def tell_retry(self, failure: Failure, step: int) -> None:
+        """The same is tried once more: drop what graphs there are and record that, or else that only the cache goes."""
+        self.tell(failure, step, "drop_graphs" if self.drop_graphs() else "retry")
 
     def _tell(self, failure: Failure | None, step: int, action: str, rows: int, width: int, now: int) -> None:
         """rows: at a time so far, of this width; now: from now on."""

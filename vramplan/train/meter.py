@@ -68,6 +68,7 @@ class Meter:
         self._highest: dict[str, int] = {}  # of the step with the highest point: the longest batch, if lengths differ
         self._reserved = 0  # the most at a step's end, without what CUDA graphs keep for themselves
         self.graph_bytes = 0
+        self.temporary_bytes = 0  # what clipping and the last optimizer's step took and gave back
         self._process: int | None = None  # what the driver counted when `look` was called
 
     # ------------------------------------------------------------------------------------------------ phases
@@ -97,6 +98,8 @@ class Meter:
         if self.cuda:
             peak = torch.cuda.max_memory_allocated(self.device)
             self._open[phase] = max(self._open.get(phase, 0), peak)
+            if phase == "optimizer" and "backward" in self._open:  # else the peak is since an earlier step's end
+                self.temporary_bytes = peak - torch.cuda.memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def end_step(self) -> None:

@@ -58,9 +58,17 @@ class Probing(TrainerCallback):  # type: ignore[misc]
             if meter.busy_s >= LONG_STEP_S:
                 control.should_training_stop = True
             else:
-                self.trainer.graphs = make_graphs(self.trainer, self.run, self.progress)
+                self._make_graphs()
         elif state.global_step == state.max_steps - TIMED_STEPS:
             meter.busy_s, meter.busy_tokens = 0.0, 0
+
+    def _make_graphs(self) -> None:
+        """Room is asked for once: a second time would fall within the steps that are timed."""
+        if self.trainer.meter.cuda:
+            torch.cuda.empty_cache()  # of the evaluation: what is cached from here on is a micro-step's
+        self.trainer.graphs = graphs = make_graphs(self.trainer, self.run, self.progress)
+        if graphs is not None:
+            graphs.tries = 1
 
     def _evaluate(self) -> None:
         trainer = self.trainer

@@ -56,21 +56,24 @@ class SafeStep:
         if self.guard is None or (allocates_nothing(self.optimizer) and has_state(self.optimizer)):
             return self.stock(closure)
         before = Snapshot(self.optimizer)
-        for step, action in ((self.stock, "retry"), (self.stock, "one_by_one"), (self._one_by_one, "")):
+        for step, measure in ((self.stock, "retry"), (self.stock, "one_by_one"), (self._one_by_one, "")):
             try:
                 return step(closure)
             except Exception as error:
                 failure = self.guard.card.failure(error, "optimizer")
                 if failure is None:
                     raise
-                if not action:
+                if not measure:
                     before.restore()
                     raise OutOfMemory(
                         f"the optimizer's step {self.step_now()} does not fit, not even one parameter at a time: "
                         f"{failure.message}",
                         "an 8-bit or paged optimizer needs less: --optim paged_adamw_8bit",
                     ) from error
-                self.guard.tell(failure, self.step_now(), action)
+                if measure == "retry":
+                    self.guard.tell_retry(failure, self.step_now())
+                else:
+                    self.guard.tell(failure, self.step_now(), measure)
                 let_go(error)
             before.restore()
             self.guard.card.free()

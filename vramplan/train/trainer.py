@@ -173,6 +173,10 @@ class QloraTrainer(Evaluating):
         loss.backward()
         return loss
 
+    def drop_graphs(self) -> bool:
+        """Memory is short: do without CUDA graphs; whether there were any."""
+        return self.graphs is not None and self.graphs.drop("memory is short")
+
     def _started_one_by_one(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         self.meter.open()
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)

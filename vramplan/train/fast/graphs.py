@@ -3,8 +3,10 @@
 With few tokens or a small model the card waits for Python: a Llama layer's forward and backward are some eighty kernels
 of a few microseconds each. A graph starts all of them at once. It needs shapes that come back (packed rows, one length)
 and memory that stays where it is: gradients are kept and zeroed, and what lives within a micro-step lies in a pool of
-the graphs' own. They are a luxury: made only where the card has room for the activations twice, dropped when memory
-runs short, and so no part of what a plan counts.
+the graphs' own. That takes the place of what ordinary micro-steps of the shape had cached: all of them are replays from
+then on. Other shapes and evaluations must fit beside the pool. Where they do not, the guard drops the graphs and plays
+the same again before it splits anything, so graphs are a luxury and no part of what a plan counts; shapes that come
+back may be captured again, until memory did not do for it `TRIES` times.
 
 Whether it pays is seen, not modelled: if the card has finished by the time Python has started the last kernel, Python
 is what is slow.
@@ -28,6 +30,7 @@ WATCHED = 2  # ordinary micro-steps of a shape before it is captured
 MOST = 8  # shapes that are captured; others run as ever
 SHARE = 0.03  # of the time that starting took: the card is no further behind where starting is the slow part
 SPARE_BYTES = 256 * 2**20
+TRIES = 3  # times that memory may prove too short, for making graphs or for keeping them
 
 Inputs = dict[str, Any]
 Key = tuple[tuple[str, Any], ...]
@@ -50,7 +53,7 @@ class Recorder(Protocol):
         """Work that was seen, not done: each call of the result does it."""
 
     def drop(self) -> None:
-        """No graph is used any more."""
+        """No graph is played from now on."""
 
 
 @dataclass
@@ -68,7 +71,9 @@ class Graphs:
     tell: Callable[[str], None]
     recorder: Recorder
     ready: Callable[[], None] = lambda: None
+    tries: int = TRIES  # that are left
     off: str = ""  # why there will be no more of them
+    dropped: int = 0  # times that there were some
     made: dict[Key, _Graph] = field(default_factory=dict)
     seen: dict[Key, int] = field(default_factory=dict)
     gradients: list[Tensor] = field(default_factory=list)
@@ -92,14 +97,21 @@ class Graphs:
             self.seen[key] = self.seen.get(key, 0) + 1 if waits else -MOST * WATCHED
         return loss
 
-    def drop(self, reason: str) -> None:
-        """Memory is needed elsewhere: no graphs from now on."""
-        if self.made:
-            self.tell(f"no CUDA graphs any more: {reason}")
-        self.off = self.off or reason
+    def drop(self, reason: str) -> bool:
+        """Memory is needed elsewhere; whether graphs held any. Gradients stay where they are until the step is done."""
+        self.seen.clear()  # what is cached is given back: what a shape takes must show again
+        if not self.made:
+            return False
+        self.recorder.drop()
         self.made.clear()
         self.gradients = []
-        self.recorder.drop()
+        self.dropped += 1
+        self.tries -= 1
+        if self.tries <= 0:
+            self.off = self.off or reason
+        then = "no more are made" if self.off else "shapes that come back may get one again"
+        self.tell(f"CUDA graphs are dropped, {reason}: {then}")
+        return True
 
     def _wants(self, key: Key) -> bool:
         """Only between two optimizer steps: the gradients are zero then, and what is captured is not computed."""
@@ -108,8 +120,12 @@ class Graphs:
         return all(p.grad is None for p in self.parameters)
 
     def _capture(self, key: Key, inputs: Inputs, items: Tensor) -> None:
+        self.seen.clear()  # as in `drop`
         if not self.recorder.room():
-            self._give_up("the card has no room for the activations twice")
+            # What was cached was everybody's, an evaluation's too. Asked again, it is what came since.
+            self.tries -= 1
+            if self.tries <= 0:
+                self._give_up("the card has no memory to spare for one")
             return
         self._hold_gradients()
         try:
@@ -127,7 +143,7 @@ class Graphs:
             self.gradients = []
 
     def _give_up(self, reason: str) -> None:
-        self.tell(f"no CUDA graph is made: {reason}")
+        self.tell(f"no {'more CUDA graphs are' if self.made or self.dropped else 'CUDA graph is'} made: {reason}")
         self.off = reason
 
     def _hold_gradients(self) -> None:
@@ -166,18 +182,32 @@ class _Graph:
 
 
 class CudaGraphs:
-    """Records with torch's CUDA graphs, all of which share one pool."""
+    """Records with torch's CUDA graphs, all of which share one pool.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    beside: what is still taken in ordinary ways at every step, by clipping and the optimizer.
+    """
+
+    def __init__(self, device: torch.device, beside: Callable[[], int] = lambda: 0) -> None:
+        self.device, self.beside = device, beside
         self.pool: Any = None
         self.reserved_bytes = 0
 
     def room(self) -> bool:
-        transient = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        """Whether what ordinary micro-steps have cached, once it is given back, can be reserved again as a pool.
+
+        Cached, not only the highest point of what was allocated: a pool has gaps as the cache had, and the shape was
+        played since the cache was last given back, so that what it takes lies there (but for what a full card made
+        the allocator give back itself: then the capture may fail, and there is no graph). The pool of earlier graphs
+        serves this one too and is no part of it. What cannot be given back, since something resident lies beside it
+        in a segment, is nothing that a pool could have: it does not count as room.
+        """
         gc.collect()
+        cached = max(self._cached() - self.reserved_bytes, 0)
         torch.cuda.empty_cache()
-        return room_bytes(self.device) >= 2 * int(transient) + SPARE_BYTES
+        return room_bytes(self.device) - self._cached() >= cached + self.beside() + SPARE_BYTES
+
+    def _cached(self) -> int:
+        return int(torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device))
 
     def caught_up(self, patience_s: float) -> bool:
         done = torch.cuda.Event()
@@ -204,5 +234,6 @@ class CudaGraphs:
         return play
 
     def drop(self) -> None:
+        torch.cuda.synchronize(self.device)  # one may still be at work
         self.pool = None
         self.reserved_bytes = 0
