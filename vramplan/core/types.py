@@ -354,7 +354,7 @@ class SpeedFactors(Value):
     # Per tensor born: Python, dispatch and launch on one core, PEFT's wrappers included; or, where a micro-step of
     # fused layers is started as one CUDA graph, what its smallest kernels take.
     launch_seconds: float = 65e-6
-    graphed_seconds: float = 20e-6
+    graphed_seconds: float = 12e-6
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)

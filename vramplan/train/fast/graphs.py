@@ -23,13 +23,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from vramplan.core.fused import GRAPH_SPARE_BYTES
 from vramplan.train.outcome import first_line
 from vramplan.train.pressure import let_go, room_bytes
 
 WATCHED = 2  # ordinary micro-steps of a shape before it is captured
 MOST = 8  # shapes that are captured; others run as ever
 SHARE = 0.03  # of the time that starting took: the card is no further behind where starting is the slow part
-SPARE_BYTES = 256 * 2**20
+SPARE_BYTES = GRAPH_SPARE_BYTES  # a plan counts on graphs where it leaves so much
 TRIES = 3  # times that memory may prove too short, for making graphs or for keeping them
 
 Inputs = dict[str, Any]
@@ -94,7 +95,7 @@ class Graphs:
         if not self.off and len(self.made) < MOST:
             started = time.perf_counter() - begun
             waits = self.recorder.caught_up(SHARE * started)
-            self.seen[key] = self.seen.get(key, 0) + 1 if waits else -MOST * WATCHED
+            self.seen[key] = self.seen.get(key, 0) + 1 if waits else -2 * WATCHED
         return loss
 
     def drop(self, reason: str) -> bool:
