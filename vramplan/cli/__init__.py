@@ -23,6 +23,7 @@ COMMANDS = {
     "merge": "Merge an adapter into its base model, without a GPU.",
     "measure": "Measure a few steps on this machine's card, beside the prediction.",
     "calibrate": "Measure overheads and speed of this machine's card once, for its plans.",
+    "run": "Run any training command; if it ends out of memory, say why.",
     "diagnose": "Say why a run went out of memory, and which change fixes it.",
     "gpus": "List the stored cards and this machine's.",
     "models": "List the built-in models.",
@@ -96,9 +97,10 @@ def run(argv: list[str]) -> int:
             reconfigure(errors="replace")
     if "_VRAMPLAN_COMPLETE" in os.environ:  # shell completion is click's own
         root.main(args=argv, prog_name="vramplan")
-    debug = "--debug" in argv
+    own = argv[: argv.index("--")] if "--" in argv else argv  # what comes after it is somebody else's
+    debug = "--debug" in own
     try:
-        code = _invoke([word for word in argv if word != "--debug"], debug)
+        code = _invoke([*(word for word in own if word != "--debug"), *argv[len(own) :]], debug)
         sys.stdout.flush()
     except BrokenPipeError:  # `vramplan gpus | head`: the reader has left, say nothing more
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vramplan.core.types import Diagnosis
 
 EXAMPLE = "Example: vramplan diagnose train.log --model llama-3.1-8b --recipe peft --batch-size 2 --gpu rtx-4090"
-LOG, RUN, PLAN = "log.txt", "run.json", "plan.json"
+LOG, RUN, PLAN, DIAGNOSIS = "log.txt", "run.json", "plan.json", "diagnosis.json"
 NOT_FOUND = "No out-of-memory report found in {}."
 
 
@@ -65,16 +65,16 @@ def _run_and_card(
     if params["model"]:
         return build.run_spec(params, build.model_spec(params)), card
     if params["run_file"]:
-        stored, planned = _stored(Path(params["run_file"]))
+        stored, planned = stored_run(Path(params["run_file"]))
         return stored, card or planned
     if folder is None:
         return None, card
-    run = _stored(folder / RUN)[0] if (folder / RUN).is_file() else None
-    planned = _stored(folder / PLAN)[1] if (folder / PLAN).is_file() else None
+    run = stored_run(folder / RUN)[0] if (folder / RUN).is_file() else None
+    planned = stored_run(folder / PLAN)[1] if (folder / PLAN).is_file() else None
     return run, card or planned
 
 
-def _stored(path: Path) -> tuple[RunSpec, GpuProfile | None]:
+def stored_run(path: Path) -> tuple[RunSpec, GpuProfile | None]:
     """A run.json, or a plan.json with its card."""
     from vramplan.sources.records import decode, parse_json, read_text
 
@@ -110,6 +110,13 @@ def show(
 
         show_diagnosis(sys.stdout, diagnosis, width=width)
     return diagnosis
+
+
+def keep(diagnosis: Diagnosis, folder: Path) -> None:
+    """Write it into the run folder. VramplanError if that fails."""
+    from vramplan.sources.records import write_json
+
+    write_json(folder / DIAGNOSIS, diagnosis)
 
 
 def _model(run: RunSpec | None) -> ModelSpec | None:
