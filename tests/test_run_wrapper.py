@@ -19,8 +19,8 @@ from vramplan.launch.wrapping import HOOK, descendants, wrap
 
 OOM = (
     "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB "
-    "of which 1.20 GiB is free. Including non-PyTorch memory, this process has 22.40 GiB memory in use. Of the allocated "
-    "memory 21.10 GiB is allocated by PyTorch, and 800.00 MiB is reserved by PyTorch but unallocated."
+    "of which 1.20 GiB is free. Including non-PyTorch memory, this process has 22.40 GiB memory in use. Of the "
+    "allocated memory 21.10 GiB is allocated by PyTorch, and 800.00 MiB is reserved by PyTorch but unallocated."
 )
 
 # A torch that is as the hook needs it: CUDA is used with `use`, memory runs out with `fail`.
