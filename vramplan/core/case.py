@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .inverse import NOTHING, Known
 from .types import Fix, GpuProcess, GpuProfile, Ledger, ModelSpec, OomEvidence, RunSpec
 
 
@@ -16,6 +17,7 @@ class Case:
     run: RunSpec | None
     card: GpuProfile
     named: bool  # the card was named, it is not only the default chip
+    known: Known = NOTHING  # of models, for a report without a run
     ledger: Ledger | None = None
     fixes: tuple[Fix, ...] = ()
     saved: dict[str, int] = field(default_factory=dict)  # by the key of a cause

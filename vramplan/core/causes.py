@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from .inverse import said, shapes
 from .units import GIB, MIB, human
 
 if TYPE_CHECKING:
@@ -235,6 +236,15 @@ def doing(case: Case) -> Iterator[Finding]:
         yield Finding(*DOING[phase])
 
 
+def shape_of_size(case: Case) -> Iterator[Finding]:
+    """Without a run: what shape the size that was asked for would be."""
+    asked = case.evidence.requested_bytes
+    if case.run is None and asked and telling(asked):
+        found = shapes(asked, case.known, phase_of(case.evidence.frames))
+        if found:
+            yield Finding(found[0].cause, 20, said(asked, found))
+
+
 def telling(asked: int) -> bool:
     """Small requests are served from segments of 2 and 20 MiB, which say nothing about a tensor."""
     return asked > 20 * MIB
@@ -257,4 +267,5 @@ def full(case: Case) -> Iterator[Finding]:
 
 TEXT_RULES: tuple[Callable[[Case], Iterator[Finding]], ...] = (
     teller, larger_than_card, fragmentation, other_process, capped, spilled, free_but_refused, log_signs, doing,
+    shape_of_size,
 )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .case import Case
 from .causes import TEXT_RULES, Finding, full
+from .inverse import NOTHING, Known
 from .types import Diagnosis, Fix, GpuProfile, ModelSpec, OomEvidence, RunSpec
 from .units import GIB, MIB, human
 
@@ -19,10 +20,17 @@ FAINT = 45  # a cause below this score does not explain a full card alone
 
 
 def diagnose(
-    evidence: OomEvidence, model: ModelSpec | None = None, run: RunSpec | None = None, gpu: GpuProfile | None = None
+    evidence: OomEvidence,
+    model: ModelSpec | None = None,
+    run: RunSpec | None = None,
+    gpu: GpuProfile | None = None,
+    known: Known = NOTHING,
 ) -> Diagnosis:
-    """Causes, likeliest first, and fixes, best first. Raises Unplannable if the run cannot be estimated."""
-    case = Case(evidence, model, run, gpu or UNKNOWN_CARD, gpu is not None)
+    """Causes, likeliest first, and fixes, best first. `known`: of models, to tell shapes by where there is no run.
+
+    Raises Unplannable if the run cannot be estimated.
+    """
+    case = Case(evidence, model, run, gpu or UNKNOWN_CARD, gpu is not None, known)
     _share_out(case)
     case.budget_bytes = budget(case)
     pricer = None

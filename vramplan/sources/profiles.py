@@ -252,3 +252,17 @@ def model_profile(name: str) -> dict[str, Any]:
     for field in ("name", "hub_id", "source"):
         _text(path, field, data.get(field))
     return data
+
+
+def model_shapes() -> tuple[tuple[tuple[int, tuple[str, ...]], ...], tuple[int, ...]]:
+    """(each vocabulary of the built-in models with who has it, their numbers of attention heads). Falcon calls them
+    otherwise in its older configs: what a config does not say is left out."""
+    owners: dict[int, list[str]] = {}
+    heads: set[int] = set()
+    for name in model_names():
+        config = model_profile(name)["config"]
+        if isinstance(config.get("vocab_size"), int):
+            owners.setdefault(config["vocab_size"], []).append(name)
+        if isinstance(config.get("num_attention_heads"), int):
+            heads.add(config["num_attention_heads"])
+    return tuple((vocab, tuple(names)) for vocab, names in sorted(owners.items())), tuple(sorted(heads))
