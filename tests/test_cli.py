@@ -21,6 +21,7 @@ from factories import make_choice, make_gpu, make_ledger, make_measurement, make
 
 import vramplan
 from vramplan.cli import BROKEN_PIPE, COMMANDS, INTERRUPTED, describe, root, run
+from vramplan.core.guide import fits
 from vramplan.core.occupancy import segments
 from vramplan.core.types import (
     CardCheck,
@@ -94,7 +95,7 @@ class Rooms:
         self.run, self.chip = run, gpu.key if gpu else None
         return replace(make_ledger(), model=model, run=run, warnings=("a warning",))
 
-    def capacity(self, model: ModelSpec, run: RunSpec, gpu: GpuProfile) -> GpuVerdict:
+    def capacity(self, sizes: Any, run: RunSpec, gpu: GpuProfile) -> GpuVerdict:
         return make_verdict(gpu.key, gpu.usable_bytes, self.verdict)
 
     def offers(
@@ -166,9 +167,12 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> Rooms:
     modules: dict[str, dict[str, Any]] = {
         "vramplan.core.ledger": {"estimate": stand_in.estimate},
         "vramplan.core.check": {"check": stand_in.check},
-        "vramplan.core.room": {"capacity": stand_in.capacity, "judge": stand_in.judge},
+        "vramplan.core.capacity": {"capacity": stand_in.capacity},
+        "vramplan.core.room": {"judge": stand_in.judge},
+        "vramplan.core.sizes": {"Sizes": lambda model: model},
         "vramplan.core.plan": {"plan": stand_in.make_plan},
-        "vramplan.core.guide": {"offers": stand_in.offers, "choose": stand_in.choose, "with_cheapest": tuple},
+        "vramplan.core.guide": {"offers": stand_in.offers, "choose": stand_in.choose, "with_cheapest": tuple,
+                                "fits": fits},
         "vramplan.sources.gpu": {"live_gpu": stand_in.live_gpu, "live_gpus": stand_in.live_gpus},
         "vramplan.launch": {
             "prepare_run_dir": stand_in.prepare_run_dir, "launch": stand_in.launch,

@@ -102,10 +102,14 @@ def _judge(ledger: Ledger, spec: ModelSpec | None, cards: list[GpuProfile]) -> t
     """
     if not cards:
         return ()
-    from vramplan.core.room import capacity, judge
+    from vramplan.core.room import judge
 
     if spec is None:
         return tuple(
             GpuVerdict(gpu=card.key, usable_bytes=card.usable_bytes, verdict=judge(ledger, card)) for card in cards
         )
-    return tuple(replace(capacity(spec, ledger.run, card), verdict=judge(ledger, card)) for card in cards)
+    from vramplan.core.capacity import capacity
+    from vramplan.core.sizes import Sizes
+
+    sizes = Sizes(spec)
+    return tuple(replace(capacity(sizes, ledger.run, card), verdict=judge(ledger, card)) for card in cards)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from .capacity import capacity
 from .fixes import Option, Pricer, lever
 from .ledger import estimate
 from .occupancy import NOTABLE_BYTES, notes, segments, shares
-from .room import capacity, judge
+from .room import judge
+from .sizes import Sizes
 from .types import CardCheck, Fix, GpuProcess, GpuProfile, Ledger, ModelSpec, Remedy, RunSpec
 
 SHOWN_CHANGES, SHOWN_NAMES = 4, 4
@@ -24,7 +26,7 @@ def check(card: GpuProfile, model: ModelSpec | None = None, run: RunSpec | None 
         missing_bytes=max(ledger.peak.device_bytes - card.usable_bytes, 0),
         notes=notes(card),
         ledger=ledger,
-        judged=capacity(model, run, card),
+        judged=capacity(Sizes(model), run, card),
         remedies=remedies(card, ledger),
     )
 
