@@ -95,11 +95,6 @@ class Pricer:
         self.floor_bytes = fix.device_bytes
         return [fix] if fix.fits else []
 
-    def _rank(self, fix: Fix) -> tuple[bool, bool, bool, int]:
-        if self.budget is None or not fix.fits:
-            return fix.changes_training, bool(self.budget), False, -fix.saves_bytes
-        return fix.changes_training, False, fix.device_bytes > ROOMY * self.budget, 0
-
     def price(self, option: Option) -> Fix:
         """The changed run, estimated in full."""
         self.keys[option.title] = option.key
