@@ -422,6 +422,37 @@ def test_an_impossible_fit_advises_writes_nothing_and_exits_3(cli: Cli, rooms: R
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ((*FIT, "--gpu", "t4", "--gpu", "rtx-4090"), "fit plans for one card (vramplan estimate MODEL --gpu t4"),
+        ((*FIT, "--gpu", "all"), "fit plans for one card (vramplan estimate MODEL --gpu all compares them)"),
+        ((*FIT, "--gpu", "t4", "--gpu-index", 1), "--gpu-index is about this machine's cards (--gpu live takes it)"),
+        ((*ESTIMATE, "--gpu", "t4", "--gpu-index", 0), "--gpu-index is about this machine's cards"),
+        ((*ESTIMATE, "--gpu-index", 1), "--gpu-index is about this machine's cards"),
+    ],
+)
+def test_what_would_silently_not_count_is_refused(cli: Cli, rooms: Rooms, words: tuple[object, ...], text: str) -> None:
+    result = cli(*words)
+    assert result.code == 2 and text in result.error
+
+
+def test_one_card_may_be_named_twice(cli: Cli, rooms: Rooms) -> None:
+    assert cli(*FIT, "--gpu", "t4", "--gpu", "t4").code == 0
+    assert cli(*FIT, "--gpu", "rtx-4090").out.startswith("Fits rtx-4090")
+
+
+def test_the_index_arrives(cli: Cli, rooms: Rooms, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    rooms.live = make_gpu()
+    monkeypatch.setattr(
+        sys.modules["vramplan.sources.gpu"], "live_gpu", lambda index: asked.append(index) or make_gpu()
+    )
+    for words in ((*ESTIMATE, "--gpu", "live"), FIT):
+        assert cli(*words, "--gpu-index", 3).code == 0
+    assert asked == [3, 3]
+
+
 def test_fit_without_a_card_says_how_to_name_one(cli: Cli, rooms: Rooms) -> None:
     result = cli(*FIT)
     assert result.code == 1

@@ -26,8 +26,11 @@ EXAMPLE = "Example: vramplan fit llama-2-7b --effective-batch-size 16 --gpu rtx-
 @click.argument("model")
 @options.use(options.FIT, options.ONE_GPU, options.GPU_INDEX, options.CALIBRATION, options.RUN, options.LORA,
              options.LEVERS, options.DATA, options.OUTPUT)  # fmt: skip
-def command(**params: Any) -> int:
+@click.pass_context
+def command(ctx: click.Context, /, **params: Any) -> int:
     """Choose the levers and the micro-batch with which MODEL trains best on one card."""
+    if not params["probe"]:
+        build.refuse_index(ctx, (params["gpu"],))
     target = Path(params["output"]) if params["output"] else None
     if target is not None and (target.is_dir() or not target.parent.is_dir()):
         raise InputError(f"-o {target} cannot be written", "name a file in a folder that exists")
