@@ -286,7 +286,8 @@ def test_bad_input_is_one_line_and_exit_2(cli: Cli, rooms: Rooms, flags: str, ex
     [
         (("estimat", "llama-2-7b"), "did you mean estimate?"),
         (("zzzzzz",), "vramplan --help"),
-        (("estimate",), "MODEL"),
+        (("estimate",), "MODEL is missing (vramplan models"),
+        (("gpus", "llama-2-7b"), "what to do with llama-2-7b (--for MODEL names"),
         (("estimate", "llama-2-7bb"), "llama-2-7b"),
         (("fit", "llama-2-7b", "--gpu", "rtx-4090"), "--effective-batch-size"),
         (("fit", "llama-2-7b", "--effective-batch-size", "0"), "--effective-batch-size must be"),

@@ -187,7 +187,11 @@ class SectionCommand(click.Command):
         except click.NoSuchOption as error:
             known = {name for param in self.params for name in param.opts if name.startswith("--")}
             name = error.option_name
-            raise InputError(f"{self.name} has no flag {name}", suggestion(name, known)) from None
+            raise InputError(f"{self.name} has no flag {name}", suggestion(name, known, self.name)) from None
+        except click.MissingParameter as error:
+            if flag_of(error.param) != "MODEL":
+                raise
+            raise InputError("MODEL is missing", "vramplan models lists the built-in ones") from None
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in SECTIONS}
