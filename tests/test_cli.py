@@ -412,6 +412,8 @@ def test_fit_reads_the_data_it_plans_for(cli: Cli, rooms: Rooms, data: Path, mon
     assert rooms.lengths == rows and rooms.run is not None and rooms.run.data is not None
     assert (rooms.run.data.path, rooms.run.data.train_sampling_strategy) == (str(data), "group_by_length")
     assert rooms.run.model_path == "meta-llama/Llama-2-7b-hf"
+    assert "compared with rows of 704 tokens" in cli(*FIT, "--gpu", "rtx-4090", "--data", data).out  # 700 are 88 x 8
+    assert "compared with rows of 512 tokens" in cli(*FIT, "--gpu", "rtx-4090", "--seq-len", 512).out
     assert cli(*FIT, "--gpu", "rtx-4090", "--data", "nowhere.jsonl").code == 2
 
 
