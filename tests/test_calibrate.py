@@ -349,6 +349,16 @@ def test_the_whole_command_finds_what_the_card_is_like(calibrated: Any) -> None:
     assert [path.name for path in calibration.folder().iterdir()] == ["rtx306012gb-12288.json"]
 
 
+def test_an_earlier_calibration_has_no_part_in_it(calibrated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibration.save(CALIBRATION, CARD)
+    seen: list[Measurement] = []
+    monkeypatch.setattr(core, "calibrate", lambda rows, *_: seen.extend(rows) or CALIBRATION)
+    assert calibrated(script(TRUE, CARD)).code == 0 and len(seen) == len(CASES)
+    for row, case in zip(seen, CASES, strict=True):
+        assert row.gpu == calibrated.bench.card and row.prediction is not None
+        assert row.prediction.peak == estimate(case_model(case)[0], case_run(case), CARD).peak
+
+
 def test_an_interrupted_set_goes_on_where_it_was(calibrated: Any) -> None:
     stop = "end('interrupted', 130, 'stopped')"
     result = calibrated(script(TRUE, CARD, t3=stop))

@@ -26,10 +26,24 @@ from hypothesis import strategies as st
 from vramplan.cli import run as run_cli
 from vramplan.core import occupancy
 from vramplan.core.check import _both, check, remedies
+from vramplan.core.diagnose import diagnose
 from vramplan.core.ledger import estimate
 from vramplan.core.recipes import RECIPES
 from vramplan.core.room import judge
-from vramplan.core.types import CardCheck, Fix, GpuProcess, GpuProfile, GpuState, Ledger, Line, Peak, Remedy, Resident
+from vramplan.core.types import (
+    CardCheck,
+    Fix,
+    GpuProcess,
+    GpuProfile,
+    GpuState,
+    Ledger,
+    Levers,
+    Line,
+    OomEvidence,
+    Peak,
+    Remedy,
+    Resident,
+)
 from vramplan.core.units import GIB
 from vramplan.report import card_bar
 from vramplan.report.check import show_check, state_line
@@ -386,6 +400,17 @@ def test_offloading_is_among_the_changes() -> None:
     card = short_of(64 * MIB)
     titles = [remedy.title for remedy in remedies(card, estimate(MODEL, make_run(), card))]
     assert "checkpoints in host memory" in titles
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "every-2", "all"])
+def test_the_changes_are_those_of_a_diagnosis(checkpointing: str) -> None:
+    run = make_run(micro_batch_size=4, levers=Levers(checkpointing=checkpointing))
+    card = short_of(64 * MIB)
+    report = OomEvidence(message="CUDA out of memory.", requested_bytes=GIB, total_bytes=card.usable_bytes)
+    there = {fix.title: fix.command for fix in diagnose(report, MODEL, run, card).fixes if fix.fits}
+    found = remedies(card, estimate(MODEL, run, card))
+    here = {remedy.title: remedy.command for remedy in found if remedy.kind == "change"}
+    assert here == there and any("host memory" in title for title in here)
 
 
 def test_where_nothing_helps_it_is_said() -> None:

@@ -21,6 +21,7 @@ from factories import make_choice, make_gpu, make_ledger, make_measurement, make
 
 import vramplan
 from vramplan.cli import BROKEN_PIPE, COMMANDS, INTERRUPTED, describe, root, run
+from vramplan.core.guide import fits
 from vramplan.core.occupancy import segments
 from vramplan.core.types import (
     CardCheck,
@@ -94,7 +95,7 @@ class Rooms:
         self.run, self.chip = run, gpu.key if gpu else None
         return replace(make_ledger(), model=model, run=run, warnings=("a warning",))
 
-    def capacity(self, model: ModelSpec, run: RunSpec, gpu: GpuProfile) -> GpuVerdict:
+    def capacity(self, sizes: Any, run: RunSpec, gpu: GpuProfile) -> GpuVerdict:
         return make_verdict(gpu.key, gpu.usable_bytes, self.verdict)
 
     def offers(
@@ -168,9 +169,12 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> Rooms:
     modules: dict[str, dict[str, Any]] = {
         "vramplan.core.ledger": {"estimate": stand_in.estimate},
         "vramplan.core.check": {"check": stand_in.check},
-        "vramplan.core.room": {"capacity": stand_in.capacity, "judge": stand_in.judge},
+        "vramplan.core.capacity": {"capacity": stand_in.capacity},
+        "vramplan.core.room": {"judge": stand_in.judge},
+        "vramplan.core.sizes": {"Sizes": lambda model: model},
         "vramplan.core.plan": {"plan": stand_in.make_plan},
-        "vramplan.core.guide": {"offers": stand_in.offers, "choose": stand_in.choose, "with_cheapest": tuple},
+        "vramplan.core.guide": {"offers": stand_in.offers, "choose": stand_in.choose, "with_cheapest": tuple,
+                                "fits": fits},
         "vramplan.sources.gpu": {"live_gpu": stand_in.live_gpu, "live_gpus": stand_in.live_gpus},
         "vramplan.launch": {
             "prepare_run_dir": stand_in.prepare_run_dir, "launch": stand_in.launch,
@@ -284,7 +288,8 @@ def test_bad_input_is_one_line_and_exit_2(cli: Cli, rooms: Rooms, flags: str, ex
     [
         (("estimat", "llama-2-7b"), "did you mean estimate?"),
         (("zzzzzz",), "vramplan --help"),
-        (("estimate",), "MODEL"),
+        (("estimate",), "MODEL is missing (vramplan models"),
+        (("gpus", "llama-2-7b"), "what to do with llama-2-7b (--for MODEL names"),
         (("estimate", "llama-2-7bb"), "llama-2-7b"),
         (("fit", "llama-2-7b", "--gpu", "rtx-4090"), "--effective-batch-size"),
         (("fit", "llama-2-7b", "--effective-batch-size", "0"), "--effective-batch-size must be"),
@@ -409,6 +414,8 @@ def test_fit_reads_the_data_it_plans_for(cli: Cli, rooms: Rooms, data: Path, mon
     assert rooms.lengths == rows and rooms.run is not None and rooms.run.data is not None
     assert (rooms.run.data.path, rooms.run.data.train_sampling_strategy) == (str(data), "group_by_length")
     assert rooms.run.model_path == "meta-llama/Llama-2-7b-hf"
+    assert "compared with rows of 704 tokens" in cli(*FIT, "--gpu", "rtx-4090", "--data", data).out  # 700 are 88 x 8
+    assert "compared with rows of 512 tokens" in cli(*FIT, "--gpu", "rtx-4090", "--seq-len", 512).out
     assert cli(*FIT, "--gpu", "rtx-4090", "--data", "nowhere.jsonl").code == 2
 
 
@@ -418,6 +425,37 @@ def test_an_impossible_fit_advises_writes_nothing_and_exits_3(cli: Cli, rooms: R
     assert result.code == 3
     assert "--seq-len 512 needs 3 GiB" in result.out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ((*FIT, "--gpu", "t4", "--gpu", "rtx-4090"), "fit plans for one card (vramplan estimate MODEL --gpu t4"),
+        ((*FIT, "--gpu", "all"), "fit plans for one card (vramplan estimate MODEL --gpu all compares them)"),
+        ((*FIT, "--gpu", "t4", "--gpu-index", 1), "--gpu-index is about this machine's cards (--gpu live takes it)"),
+        ((*ESTIMATE, "--gpu", "t4", "--gpu-index", 0), "--gpu-index is about this machine's cards"),
+        ((*ESTIMATE, "--gpu-index", 1), "--gpu-index is about this machine's cards"),
+    ],
+)
+def test_what_would_silently_not_count_is_refused(cli: Cli, rooms: Rooms, words: tuple[object, ...], text: str) -> None:
+    result = cli(*words)
+    assert result.code == 2 and text in result.error
+
+
+def test_one_card_may_be_named_twice(cli: Cli, rooms: Rooms) -> None:
+    assert cli(*FIT, "--gpu", "t4", "--gpu", "t4").code == 0
+    assert cli(*FIT, "--gpu", "rtx-4090").out.startswith("Fits rtx-4090")
+
+
+def test_the_index_arrives(cli: Cli, rooms: Rooms, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    rooms.live = make_gpu()
+    monkeypatch.setattr(
+        sys.modules["vramplan.sources.gpu"], "live_gpu", lambda index: asked.append(index) or make_gpu()
+    )
+    for words in ((*ESTIMATE, "--gpu", "live"), FIT):
+        assert cli(*words, "--gpu-index", 3).code == 0
+    assert asked == [3, 3]
 
 
 def test_fit_without_a_card_says_how_to_name_one(cli: Cli, rooms: Rooms) -> None:

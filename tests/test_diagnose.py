@@ -275,6 +275,40 @@ def test_where_one_change_is_not_enough_several_are_combined() -> None:
     assert " + " in best.title and best.fits and not best.changes_training
 
 
+def test_checkpoints_in_host_memory_are_offered_where_that_saves() -> None:
+    moved = replace(Levers(), checkpoint_offload=True)
+    for levers, title in (
+        (Levers(checkpointing="all"), "checkpoints in host memory"),
+        (Levers(checkpointing="none"), "every layer checkpointed to host memory"),
+    ):
+        run = RunSpec(model="tinyllama-1.1b", micro_batch_size=4, levers=levers)
+        (fix,) = (fix for fix in diagnose(report(), TINY, run, card(8 * GIB)).fixes if fix.title == title)
+        assert (fix.run, fix.changes_training) == (replace(run, levers=moved), False)
+        assert fix.device_bytes == estimate(TINY, fix.run, card(8 * GIB)).peak.device_bytes
+        assert fix.saves_bytes > 600 * MIB and "--checkpoint-offload" in fix.command
+    few = replace(run, micro_batch_size=1, seq_len=16, levers=Levers())
+    same = estimate(TINY, replace(few, levers=moved), CARD).peak.device_bytes
+    assert same == estimate(TINY, few, CARD).peak.device_bytes  # the checkpoints of 16 tokens are not what fills it
+    for helpless in (few, replace(run, levers=moved)):
+        assert not any("host memory" in fix.title for fix in diagnose(report(), TINY, helpless, CARD).fixes)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "every-2", "all"])
+def test_what_only_host_memory_makes_fit_fits_unchanged(checkpointing: str) -> None:
+    """Two rows of 2048 tokens cannot be split into less than one: the budget is between its checkpoints here and there."""
+    run = RunSpec(model="tinyllama-1.1b", micro_batch_size=2, levers=Levers(checkpointing=checkpointing))
+    single = replace(run, micro_batch_size=1, accumulation=2, levers=Levers())
+    needs = [estimate(TINY, replace(single, levers=Levers(checkpoint_offload=there))).peak.device_bytes
+             for there in (False, True)]  # fmt: skip
+    budget = sum(needs) // 2
+    diagnosis = diagnose(report(total_bytes=budget, process_bytes=budget, free_bytes=0), TINY, run, card(budget))
+    best = diagnosis.fixes[0]
+    assert best.fits and not best.changes_training and "host memory" in best.title
+    assert best.run == replace(single, levers=Levers(checkpoint_offload=True))
+    titles = best.title.split(" + ")
+    assert len(titles) == (3 if checkpointing == "every-2" else 2)  # none that changes nothing any more
+
+
 def test_the_first_fix_removes_the_first_cause_where_it_fits() -> None:
     need = estimate(TINY, PEFT, CARD).peak.device_bytes
     evidence = report(1000 * MIB, total_bytes=need - 200 * MIB, process_bytes=None, allocated_bytes=need - GIB)

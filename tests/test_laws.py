@@ -73,7 +73,7 @@ def specs(draw: st.DrawFn, layers: int = 1) -> ModelSpec:
 
 
 @st.composite
-def runs(draw: st.DrawFn, shortest: int = 2) -> RunSpec:
+def runs(draw: st.DrawFn, shortest: int = 1) -> RunSpec:
     return RunSpec(
         model="x",
         micro_batch_size=draw(st.integers(1, 4)),
@@ -142,6 +142,14 @@ def test_more_never_takes_fewer_bytes_of_tensors(what, data):
     assert after.peak.device_bytes >= floor + gpu.context_bytes
     if run.levers.allocator == "expandable":  # no tails: the allocated peak itself is monotone
         assert after.peak.allocated_bytes >= before.peak.allocated_bytes + less
+
+
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+def test_tensors_without_elements_take_nothing(allocator):
+    """One token has no next one: no row is labelled, and what is kept of the labelled rows is empty."""
+    run = RunSpec(model="x", seq_len=1, levers=Levers(allocator=allocator))
+    one, two = (estimate(model("smollm2-135m"), replace(run, seq_len=n)).peak for n in (1, 2))
+    assert 0 < one.allocated_bytes <= two.allocated_bytes <= one.allocated_bytes + MIB
 
 
 def on_card(spec: ModelSpec, run: RunSpec) -> int:

@@ -11,11 +11,13 @@ from measured import h200, model
 from test_laws import cards, held, law, runs, specs, with_lever
 
 from vramplan.core import resident
+from vramplan.core.capacity import capacity
 from vramplan.core.fixes import command
 from vramplan.core.gathering import KEY
 from vramplan.core.ledger import NO_CARD, estimate, simulate
 from vramplan.core.parallel import BUCKET_BYTES, largest_bucket, layer_matrices, nccl_bytes, shard_rows
-from vramplan.core.room import Quick, capacity, judge
+from vramplan.core.room import Quick, judge
+from vramplan.core.sizes import Sizes
 from vramplan.core.speed import link_seconds, tokens_per_s
 from vramplan.core.timeline import play
 from vramplan.core.types import Ledger, RunSpec, Unplannable
@@ -112,7 +114,7 @@ def test_a_model_too_large_for_one_card_fits_on_two():
     run = RunSpec(model=spec.name, micro_batch_size=1, seq_len=2048)
     assert judge(estimate(spec, run, card), card) == "does_not_fit"
     assert judge(estimate(spec, spread(run, 2, "ddp"), card), card) == "does_not_fit"
-    verdict = capacity(spec, spread(run, 2, "fsdp"), card)
+    verdict = capacity(Sizes(spec), spread(run, 2, "fsdp"), card)
     assert verdict.verdict != "does_not_fit" and verdict.max_batch_size >= 2
 
 

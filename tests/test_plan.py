@@ -1,4 +1,4 @@
-"""Verdicts, capacities and plans."""
+"""Verdicts and plans."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from measured import model
 from vramplan.core.ledger import estimate
 from vramplan.core.plan import plan, settings_of
 from vramplan.core.recipes import RECIPES
-from vramplan.core.room import Quick, capacity, divisors, judge, largest
+from vramplan.core.room import Quick, divisors, judge, largest
 from vramplan.core.types import SEARCHED, GpuProfile, Levers, Lora, RunSpec
 from vramplan.core.units import GIB
 from vramplan.sources.profiles import load_gpu
@@ -57,24 +57,6 @@ def test_the_plan_keeps_the_effective_batch_fits_and_is_not_timid(gib, effective
         more = replace(found.run, micro_batch_size=larger[0], accumulation=effective // larger[0])
         # nothing larger was passed over: it does not fit with the allocator's margin
         assert estimate(SMALL, more, gpu).peak.device_bytes > 0.97 * gpu.usable_bytes
-
-
-def test_capacity_batch_fits_and_one_more_does_not():
-    gpu, run = card(3), RunSpec(model="s", seq_len=1024)
-    found = capacity(SMALL, run, gpu)
-    assert found.max_batch_size > 1
-    for batch, fits in ((found.max_batch_size, True), (found.max_batch_size + 1, False)):
-        verdict = judge(estimate(SMALL, replace(run, micro_batch_size=batch), gpu), gpu)
-        assert (verdict != "does_not_fit") is fits
-    longest = replace(run, seq_len=found.max_seq_len)
-    assert judge(estimate(SMALL, longest, gpu), gpu) != "does_not_fit"
-
-
-def test_more_card_never_means_a_smaller_plan():
-    run = RunSpec(model="llama-3.1-8b", seq_len=2048)
-    sizes = [capacity(model("llama-3.1-8b"), run, card(g)).max_batch_size for g in (8, 12, 24, 48)]
-    assert sizes == sorted(sizes)
-    assert sizes[0] < sizes[-1]
 
 
 def test_what_cannot_fit_comes_with_the_nearest_changes():

@@ -377,6 +377,28 @@ def test_fit_impossible_gives_the_advice_and_no_command() -> None:
     assert "vramplan train" not in text and ">" not in text
 
 
+@pytest.mark.parametrize(("source", "others", "said"), [("nvml", 0, True), ("nvml", -1, False), ("file", 0, False)])
+def test_where_others_on_the_card_are_why_nothing_fits_it_is_said(source: str, others: int, said: bool) -> None:
+    missing = NO_FIT.ledger.peak.device_bytes - NO_FIT.budget_bytes
+    card = replace(NO_FIT.gpu, source=source, used_by_others_bytes=missing + others)
+    text = draw(show_fit, replace(NO_FIT, gpu=card), width=80)
+    assert missing > 0 and ("that others hold now" in text) is said
+    assert (f"vramplan check {NO_FIT.run.model} --seq-len {NO_FIT.run.seq_len}" in text) is said
+    assert "others hold" not in draw(show_fit, replace(REFUTED, gpu=card), width=80)
+
+
+def test_what_was_compared_at_another_length_is_told_apart() -> None:
+    plan = make_plan()
+    assert "compared with" not in draw(show_fit, plan, width=80, compared_at=plan.run.seq_len)
+    assert "compared with rows of 1,024 tokens" in draw(show_fit, plan, width=80, compared_at=1024)
+
+
+def test_one_more_is_one() -> None:
+    plan = make_plan()
+    slower = replace(plan.candidates[0], levers=Levers(checkpointing="every-9"), tokens_per_s=1, device_bytes=9 * GIB)
+    assert "; 1 more was priced" in draw(show_fit, replace(plan, candidates=(*plan.candidates, slower)), width=80)
+
+
 def test_the_chosen_candidate_is_always_shown() -> None:
     plan = make_plan()
     others = tuple(replace(plan.candidates[1], levers=Levers(checkpointing=f"every-{k}")) for k in range(3, 20))

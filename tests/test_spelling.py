@@ -12,7 +12,7 @@ import test_cli
 from test_cli import Cli, Rooms
 
 from vramplan.cli import train as train_module
-from vramplan.cli.spelling import ALIASES, GIVEN, REFUSED, Translation
+from vramplan.cli.spelling import ABSENT, ALIASES, GIVEN, REFUSED, Translation
 from vramplan.core.types import RunSpec, Schedule
 from vramplan.errors import InputError
 
@@ -124,6 +124,13 @@ def test_the_tables_hold_no_flag_of_ours() -> None:
     for table in (ALIASES, GIVEN, REFUSED):
         assert not ours & set(table)
         assert all(name.startswith("--") and "_" not in name for name in table)
+
+
+@pytest.mark.parametrize(("command", "flag"), ABSENT)
+def test_a_flag_that_is_absent_for_a_reason_is_told_it(cli: Cli, command: str, flag: str) -> None:
+    reason = ABSENT[command, flag]
+    for spelled in (flag, flag.replace("-", "_").replace("__", "--", 1)):
+        assert cli(command, spelled, "3").error == f"error: {command} has no flag {spelled} ({reason})"
 
 
 def test_every_field_of_the_schedule_is_a_flag_with_its_default() -> None:

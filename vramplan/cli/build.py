@@ -35,14 +35,14 @@ def model_spec(params: Params) -> ModelSpec:
     return load_model(params["model"], trust_remote_code=params["trust_remote_code"])
 
 
-def cards(names: tuple[str, ...], calibration: bool = True) -> list[tuple[GpuProfile, bool]]:
+def cards(names: tuple[str, ...], calibration: bool = True, index: int = 0) -> list[tuple[GpuProfile, bool]]:
     """--gpu names -> (card, was it named), each card once; "all" stands for the stored ones, "live" for this one."""
     from vramplan.sources.profiles import gpu_names
 
     found: dict[str, tuple[GpuProfile, bool]] = {}
     for name in sorted(names, key=lambda name: name == "all"):  # named cards first: the first is the chip assumed
         for key in gpu_names() if name == "all" else (name,):
-            profile = card(key, calibration=calibration)
+            profile = card(key, index, calibration)
             found.setdefault(profile.key, (profile, name != "all"))
     return list(found.values())
 
@@ -82,6 +82,12 @@ def calibrated(live: GpuProfile, wanted: bool = True) -> GpuProfile:
     if warning:
         warn(warning)
     return profile
+
+
+def refuse_index(ctx: click.Context, names: tuple[str, ...]) -> None:
+    """`InputError` for --gpu-index where no card of this machine is asked for."""
+    if "live" not in names and given(ctx, ("gpu_index",)):
+        raise InputError("--gpu-index is about this machine's cards", "--gpu live takes it")
 
 
 class Outline(NamedTuple):

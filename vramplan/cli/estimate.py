@@ -18,9 +18,10 @@ EXAMPLE = "Example: vramplan estimate llama-3.1-8b --batch-size 4 --gpu all --pr
 
 @click.command("estimate", cls=options.SectionCommand, epilog=EXAMPLE)
 @click.argument("model")
-@options.use(options.BATCH, options.PARALLEL, options.RUN, options.LORA, options.LEVERS, options.GPUS, options.PRICES,
-             options.TRACE, options.OUTPUT)  # fmt: skip
-def command(**params: Any) -> int:
+@options.use(options.BATCH, options.PARALLEL, options.RUN, options.LORA, options.LEVERS, options.GPUS,
+             options.GPU_INDEX, options.PRICES, options.TRACE, options.OUTPUT)  # fmt: skip
+@click.pass_context
+def command(ctx: click.Context, /, **params: Any) -> int:
     """Predict the memory of fine-tuning MODEL: a built-in name, a Hub id, or a path to config.json or its folder."""
     if params["full_depth"] and not params["trace"]:
         raise InputError("--full-depth is about tracing", "add --trace")
@@ -28,8 +29,10 @@ def command(**params: Any) -> int:
         raise InputError("--trace plays one GPU", "leave out --gpus, or --trace")
     if params["trace"] and params["price"]:
         raise InputError("--price is for runs that are played, not traced", "leave out --trace, or --price")
+    build.refuse_index(ctx, params["gpu"])
     names = params["gpu"] or (("all",) if params["price"] else ())
-    cards = build.able(build.cards(names, params["calibration"]), packing=params["packing"])
+    found = build.cards(names, params["calibration"], params["gpu_index"])
+    cards = build.able(found, packing=params["packing"])
     chip = next((card for card, named in cards if named), None)
     if not params["trace"] and ("all" in names or params["price"]):
         return _guide(params, cards, chip)
@@ -102,10 +105,14 @@ def _judge(ledger: Ledger, spec: ModelSpec | None, cards: list[GpuProfile]) -> t
     """
     if not cards:
         return ()
-    from vramplan.core.room import capacity, judge
+    from vramplan.core.room import judge
 
     if spec is None:
         return tuple(
             GpuVerdict(gpu=card.key, usable_bytes=card.usable_bytes, verdict=judge(ledger, card)) for card in cards
         )
-    return tuple(replace(capacity(spec, ledger.run, card), verdict=judge(ledger, card)) for card in cards)
+    from vramplan.core.capacity import capacity
+    from vramplan.core.sizes import Sizes
+
+    sizes = Sizes(spec)
+    return tuple(replace(capacity(sizes, ledger.run, card), verdict=judge(ledger, card)) for card in cards)

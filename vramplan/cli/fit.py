@@ -12,6 +12,7 @@ import click
 
 from vramplan.cli import build, options, runner
 from vramplan.cli.output import print_json
+from vramplan.core.lengths import longest_run
 from vramplan.core.types import SEARCHED, GpuProfile, Lengths, ModelSpec, Plan, RunSpec
 from vramplan.errors import DOES_NOT_FIT, OK, InputError
 
@@ -26,8 +27,11 @@ EXAMPLE = "Example: vramplan fit llama-2-7b --effective-batch-size 16 --gpu rtx-
 @click.argument("model")
 @options.use(options.FIT, options.ONE_GPU, options.GPU_INDEX, options.CALIBRATION, options.RUN, options.LORA,
              options.LEVERS, options.DATA, options.OUTPUT)  # fmt: skip
-def command(**params: Any) -> int:
+@click.pass_context
+def command(ctx: click.Context, /, **params: Any) -> int:
     """Choose the levers and the micro-batch with which MODEL trains best on one card."""
+    if not params["probe"]:
+        build.refuse_index(ctx, (params["gpu"],))
     target = Path(params["output"]) if params["output"] else None
     if target is not None and (target.is_dir() or not target.parent.is_dir()):
         raise InputError(f"-o {target} cannot be written", "name a file in a folder that exists")
@@ -38,7 +42,7 @@ def command(**params: Any) -> int:
         card = prober.card() if prober else build.card(params["gpu"], params["gpu_index"], params["calibration"])
         plan = _plan(params, spec, run, card, lengths)
         plan = prober.verified(plan) if prober else plan
-    _show(plan, target, params)
+    _show(plan, target, params, longest_run(run, lengths).seq_len if lengths else run.seq_len)
     if prober is not None and prober.failure is not None:
         prober.tell_failure()
         return prober.failure.exit_code
@@ -77,8 +81,8 @@ def _prober(params: build.Params, stack: ExitStack) -> Prober | None:
     return stack.enter_context(Prober(params))
 
 
-def _show(plan: Plan, target: Path | None, params: build.Params) -> None:
-    """Write the plan, unless nothing fits, and print it."""
+def _show(plan: Plan, target: Path | None, params: build.Params, compared_at: int) -> None:
+    """Write the plan, unless nothing fits, and print it; its combinations are of rows of so many tokens."""
     fits = plan.verdict != "does_not_fit"
     if fits and target is not None:
         from vramplan.sources.records import write_json
@@ -91,7 +95,8 @@ def _show(plan: Plan, target: Path | None, params: build.Params) -> None:
     else:
         from vramplan.report.fit import show_fit
 
-        show_fit(sys.stdout, plan, written=str(target) if fits and target else None, width=params["width"])
+        written = str(target) if fits and target else None
+        show_fit(sys.stdout, plan, written=written, compared_at=compared_at, width=params["width"])
 
 
 def _free(params: build.Params) -> tuple[str, ...]:

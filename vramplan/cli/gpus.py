@@ -17,12 +17,16 @@ EXAMPLE = "Example: vramplan gpus --for llama-3.1-8b --seq-len 4096"
 OF_A_CARD = ("save", "force", "gpu_index")
 
 
-@click.command("gpus", cls=options.SectionCommand, epilog=EXAMPLE)
+@click.command("gpus", cls=options.SectionCommand, epilog=EXAMPLE, context_settings={"allow_extra_args": True})
 @options.use(options.GUIDE, options.SAVE, options.GPU_INDEX, options.BATCH, options.PARALLEL, options.RUN, options.LORA,
              options.LEVERS, options.OUTPUT)  # fmt: skip
 @click.pass_context
 def command(ctx: click.Context, /, as_json: bool, width: int | None, **params: Any) -> int:
     """List the stored cards, the ones that --gpu knows, and the cards of this machine; or name those that suffice."""
+    if ctx.args:
+        raise InputError(
+            f"gpus does not know what to do with {ctx.args[0]}", "--for MODEL names the cards that hold it"
+        )
     saving = build.given(ctx, OF_A_CARD)
     if saving and (params["save"] is None or params["model"]):
         flag = "--" + saving[0].replace("_", "-")

@@ -26,7 +26,8 @@ ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 @click.command("measure", cls=options.SectionCommand, epilog=EXAMPLE)
 @click.argument("model")
-@options.use(options.BATCH, options.RUN, options.MEASURE, options.LORA, options.LEVERS, options.OUTPUT)
+@options.use(options.BATCH, options.RUN, options.MEASURE, options.LORA, options.LEVERS, options.CALIBRATION,
+             options.OUTPUT)  # fmt: skip
 def command(**params: Any) -> int:
     """Play a few steps of fine-tuning MODEL on this machine's card, with random weights, beside the prediction."""
     from vramplan.core.ledger import estimate
@@ -37,7 +38,7 @@ def command(**params: Any) -> int:
     spec, config = _model(params)
     schedule = Schedule(max_steps=params["steps"], save_steps=0, cuda_graphs=False)  # it makes none
     run = replace(build.run_spec(params, spec), driver=params["driver"], random_weights=True, schedule=schedule)
-    card = _card()
+    card = build.calibrated(_card(), params["calibration"])
     runner.require_extra("vramplan measure")
     ledger = estimate(spec, run, card)
     _warn(ledger, card)

@@ -187,7 +187,11 @@ class SectionCommand(click.Command):
         except click.NoSuchOption as error:
             known = {name for param in self.params for name in param.opts if name.startswith("--")}
             name = error.option_name
-            raise InputError(f"{self.name} has no flag {name}", suggestion(name, known)) from None
+            raise InputError(f"{self.name} has no flag {name}", suggestion(name, known, self.name)) from None
+        except click.MissingParameter as error:
+            if flag_of(error.param) != "MODEL":
+                raise
+            raise InputError("MODEL is missing", "vramplan models lists the built-in ones") from None
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in SECTIONS}
@@ -297,7 +301,22 @@ GUIDE: Section = (
     *PRICES,
 )
 
-ONE_GPU: Section = (_card("--gpu", metavar="NAME|live", default="live", show_default=True, help="Plan for this card."),)
+
+def _one_card(ctx: click.Context, _param: click.Parameter, names: tuple[str, ...]) -> str:
+    """The one card of `fit`: where `estimate` compares several, the last would silently count."""
+    several = tuple(dict.fromkeys(names))
+    if len(several) > 1 or several == ("all",):
+        flags = " ".join(f"--gpu {name}" for name in several)
+        raise InputError(
+            f"{flags}: {ctx.command.name} plans for one card", f"vramplan estimate MODEL {flags} compares them"
+        )
+    return several[0]
+
+
+ONE_GPU: Section = (
+    _card("--gpu", multiple=True, callback=_one_card, metavar="NAME|live", default=("live",), show_default=True,
+          help="Plan for this card."),
+)  # fmt: skip
 
 GPU_INDEX: Section = (
     _card("--gpu-index", type=Whole(0, 1023), default=0, show_default=True, help="Which of this machine's cards."),

@@ -55,15 +55,17 @@ def _say(quiet: bool, text: str) -> None:
 
 
 def _show_estimate(width: int | None) -> None:
+    from vramplan.core.capacity import capacity
     from vramplan.core.ledger import estimate
-    from vramplan.core.room import capacity
+    from vramplan.core.sizes import Sizes
     from vramplan.report.estimate import show_estimate
     from vramplan.sources.hf_config import load_model
     from vramplan.sources.profiles import gpu_names, load_gpu
 
     spec, run = load_model(SHOWN_MODEL), RunSpec(model=SHOWN_MODEL)
     cards = [load_gpu(name) for name in SHOWN_CARDS if name in gpu_names()]
-    verdicts = [capacity(spec, run, card) for card in cards]
+    sizes = Sizes(spec)
+    verdicts = [capacity(sizes, run, card) for card in cards]
     show_estimate(sys.stdout, estimate(spec, run), verdicts, width=width)
 
 

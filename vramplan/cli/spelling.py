@@ -66,6 +66,18 @@ REFUSED = {
     "--use-dora": ("DoRA is not built", "leave it out"),
     "--use-rslora": ("rank-stabilised scaling is not built", "--lora-alpha sets the scale"),
 }
+# Flags of other commands that a command has a reason not to have: (command, flag) -> what to do instead.
+_CHOSEN = "fit chooses it: --effective-batch-size is what stays"
+_OTHERS = "vramplan estimate MODEL --gpu NAME judges others"
+ABSENT = {
+    **{("fit", flag): _CHOSEN for flag in ("--batch-size", "--per-device-train-batch-size", "--accumulation",
+                                           "--gradient-accumulation-steps")},
+    ("check", "--gpu"): f"it looks at this machine's card; {_OTHERS}",
+    ("measure", "--gpu"): f"it measures on this machine's card; {_OTHERS}",
+    ("calibrate", "--gpu"): "it measures this machine's card; --gpu-index says which",
+    ("train", "--gpu"): "it trains on this machine; CUDA_VISIBLE_DEVICES says on which card, --gpus N on how many",
+    ("gpus", "--gpu"): f"--for MODEL names the cards that hold it; {_OTHERS}",
+}  # fmt: skip
 _BOOLEANS = (*_TRUE, *_FALSE)
 _NOTHING = ("false", "none", "no", "0", "0.0")
 
@@ -211,7 +223,11 @@ def _check_elsewhere(name: str, path: str) -> None:
         raise InputError(f"{path}: there is no flag {name}", suggestion(name, known))
 
 
-def suggestion(name: str, known: set[str]) -> str:
+def suggestion(name: str, known: set[str], command: str | None = None) -> str:
+    """What to write instead of a flag that `command` does not know; "" where nothing is near."""
+    reason = ABSENT.get((command or "", name.replace("_", "-")))
+    if reason is not None:
+        return reason
     from vramplan.sources.profiles import suggest
 
     return suggest(name, sorted({*known, *ALIASES}))

@@ -33,7 +33,7 @@ EXAMPLE = "Example: vramplan train plan.json --data conversations.jsonl -o runs/
 @click.command("train", cls=options.SectionCommand, epilog=EXAMPLE)
 @click.argument("model", required=False, metavar="MODEL|plan.json")
 @options.use(options.DATA, options.TRAIN, SCHEDULE, options.BATCH, options.PARALLEL, options.RUN, options.LORA,
-             options.LEVERS, options.OUTPUT)  # fmt: skip
+             options.LEVERS, options.CALIBRATION, options.OUTPUT)  # fmt: skip
 @click.pass_context
 def command(ctx: click.Context, /, **params: Any) -> int:
     """Fine-tune MODEL, or carry out a plan that `vramplan fit -o` wrote."""
@@ -49,7 +49,7 @@ def command(ctx: click.Context, /, **params: Any) -> int:
         return runner.print_launch(
             run_dir, run, plan, machines=params["num_machines"], resume=params["resume"], as_json=params["as_json"]
         )
-    ledger = _price(run, plan, force=params["force"])
+    ledger = _price(run, plan, force=params["force"], calibration=params["calibration"])
     build.warn(*ledger.warnings, *_evaluation_warnings(run))
     return runner.run_training(
         run_dir, run, plan, ledger, resume=params["resume"], as_json=params["as_json"], width=params["width"]
@@ -74,7 +74,7 @@ def _what(ctx: click.Context, params: build.Params) -> tuple[Path, RunSpec, Plan
     if model is None:
         raise InputError("MODEL is missing", "vramplan models lists the built-in ones")
     if is_plan(model):
-        _refuse(ctx, SHAPING, f"is settled by {model}")
+        _refuse(ctx, (*SHAPING, "calibration"), f"is settled by {model}")
         plan = records.read_json(model, Plan)
         run = _with_data(plan.run, params, settled=not build.given(ctx, DATA_FLAGS))
     else:
@@ -135,13 +135,18 @@ def default_folder(model: str) -> Path:
     return Path("runs") / f"{name}-{strftime('%Y%m%d-%H%M%S')}"
 
 
-def _price(run: RunSpec, plan: Plan | None, *, force: bool) -> Ledger:
-    """The prediction, held against this machine's card if there is one. `DoesNotFit` unless forced."""
+def _price(run: RunSpec, plan: Plan | None, *, force: bool, calibration: bool) -> Ledger:
+    """The prediction, held against this machine's card if there is one. `DoesNotFit` unless forced.
+
+    A plan's own stays as `fit` has made it; any other uses what was measured on the card, if that is wanted.
+    """
     from vramplan.core.ledger import estimate
     from vramplan.core.room import judge
     from vramplan.core.units import human
 
     card = _card(run)
+    if card is not None and plan is None:
+        card = build.calibrated(card, calibration)
     ledger = plan.ledger if plan is not None else estimate(_spec(run), run, card)
     if card is not None and judge(ledger, card) == "does_not_fit":
         need, usable = human(ledger.peak.device_bytes), human(card.usable_bytes)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .fixes import Option, Pricer, lever
+from .capacity import capacity
+from .fixes import Pricer
 from .ledger import estimate
 from .occupancy import NOTABLE_BYTES, notes, segments, shares
-from .room import capacity, judge
+from .room import judge
+from .sizes import Sizes
 from .types import CardCheck, Fix, GpuProcess, GpuProfile, Ledger, ModelSpec, Remedy, RunSpec
 
 SHOWN_CHANGES, SHOWN_NAMES = 4, 4
@@ -24,7 +26,7 @@ def check(card: GpuProfile, model: ModelSpec | None = None, run: RunSpec | None 
         missing_bytes=max(ledger.peak.device_bytes - card.usable_bytes, 0),
         notes=notes(card),
         ledger=ledger,
-        judged=capacity(model, run, card),
+        judged=capacity(Sizes(model), run, card),
         remedies=remedies(card, ledger),
     )
 
@@ -101,11 +103,7 @@ def _who(process: GpuProcess) -> str:
 def _fixes(card: GpuProfile, ledger: Ledger) -> tuple[Fix, ...]:
     """Changes of the run, priced: those that leave training as it is first, then those that fit with room."""
     pricer = Pricer(ledger.model, ledger, card, card.usable_bytes)
-    fixes, run = pricer.fixes(), ledger.run
-    if not run.levers.checkpoint_offload and run.levers.checkpointing != "none":
-        offload = Option("offload", "checkpoints in host memory", lever(checkpoint_offload=True))
-        fixes = (*fixes, pricer.price(offload))
-    return pricer.ranked(tuple(fix for fix in fixes if fix.saves_bytes > 0), "")
+    return pricer.ranked(pricer.fixes(), "")
 
 
 def _change(fix: Fix, card: GpuProfile) -> Remedy:

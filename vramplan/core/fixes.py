@@ -95,11 +95,6 @@ class Pricer:
         self.floor_bytes = fix.device_bytes
         return [fix] if fix.fits else []
 
-    def _rank(self, fix: Fix) -> tuple[bool, bool, bool, int]:
-        if self.budget is None or not fix.fits:
-            return fix.changes_training, bool(self.budget), False, -fix.saves_bytes
-        return fix.changes_training, False, fix.device_bytes > ROOMY * self.budget, 0
-
     def price(self, option: Option) -> Fix:
         """The changed run, estimated in full."""
         self.keys[option.title] = option.key
@@ -139,8 +134,13 @@ class Pricer:
             micro = self._micro_batch()
             title = f"micro-batch {micro} x accumulation {run.accumulation * run.micro_batch_size // micro}"
             out.append(Option("batch", title, lambda old: split(old, micro)))
+        if not levers.checkpoint_offload and levers.checkpointing != "none":
+            out.append(Option("offload", "checkpoints in host memory", lever(checkpoint_offload=True)))
         if levers.checkpointing != "all":
             out.append(Option("checkpointing", "every layer checkpointed", lever(checkpointing="all")))
+        if not levers.checkpoint_offload and levers.checkpointing == "none":  # there are none yet to be moved
+            both = lever(checkpointing="all", checkpoint_offload=True)
+            out.append(Option("offload", "every layer checkpointed to host memory", both))
         return out
 
     def _micro_batch(self) -> int:
@@ -152,6 +152,9 @@ class Pricer:
         """As few of them as fit together, those that save most first; all of them if none of it fits."""
         chosen: list[Option] = []
         for option in sorted(options, key=lambda option: -self.saved[option.key]):
+            so_far = joined(chosen).change(self.run)
+            if option.change(so_far) == so_far:  # another has done it already
+                continue
             chosen.append(option)
             if self.fits(joined(chosen).change(self.run)) and self.price(joined(chosen)).fits:
                 break

@@ -59,7 +59,8 @@ def play_step(unrolled: Unrolled, memory: Native, states: Sequence[int] = (), fi
             played.states = list(born.values())
         ops = written.get(id(changes))
         if ops is None:
-            ops = written[id(changes)] = [(key, sizes[e] if e > 0 else 0, relative) for e, key, relative in changes]
+            some = [change for change in changes if sizes[abs(change[0])]]  # a tensor without elements has no block
+            ops = written[id(changes)] = [(key, sizes[e] if e > 0 else 0, relative) for e, key, relative in some]
         memory.run(ops, layer << LAYER_SHIFT, live)
     _close(played, phase, memory)
     played.reserved_bytes = memory.reserved

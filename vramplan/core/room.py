@@ -1,4 +1,4 @@
-"""Holds runs against a card: verdicts, how much a card holds, and the quick sums that searches go by."""
+"""Holds runs against a card: verdicts, and the quick sums that searches go by."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .parallel import outside_bytes, shards
 from .replay import workspaces
 from .speed import graphs_fit, tokens_per_s
 from .timeline import play
-from .types import GpuProfile, GpuVerdict, Ledger, Lengths, ModelSpec, RunSpec
+from .types import GpuProfile, Ledger, Lengths, ModelSpec, RunSpec
 from .unroll import Unrolled
 
 MAX_BATCH = 4096
@@ -94,26 +94,6 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def capacity(model: ModelSpec, run: RunSpec, gpu: GpuProfile, quick: Quick | None = None) -> GpuVerdict:
-    """One card's verdict, its largest micro-batch at this length and longest sequence at this micro-batch.
-
-    Raises Unplannable.
-    """
-    quick = quick or Quick(model)
-
-    def with_batch(n: int) -> RunSpec:
-        return replace(run, micro_batch_size=n)
-
-    return GpuVerdict(
-        gpu=gpu.key,
-        usable_bytes=gpu.usable_bytes,
-        verdict=judge(estimate(model, run, gpu), gpu),
-        max_batch_size=largest_that_survives(quick, gpu, with_batch, MAX_BATCH),
-        max_seq_len=longest_sequence(quick, run, gpu),
-        tokens_per_s=quick.speed(run, gpu),
-    )
 
 
 def longest_sequence(quick: Quick, run: RunSpec, gpu: GpuProfile) -> int:

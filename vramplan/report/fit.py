@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import TextIO
 
@@ -20,8 +21,18 @@ from vramplan.report.probe import show_probes
 SHOWN = 8  # candidates in the table
 
 
-def show_fit(stream: TextIO, plan: Plan, *, written: str | None = None, width: int | None = None) -> None:
-    """Verdict first; then what was chosen and what else there was, or the smallest changes that would fit."""
+def show_fit(
+    stream: TextIO,
+    plan: Plan,
+    *,
+    written: str | None = None,
+    compared_at: int | None = None,
+    width: int | None = None,
+) -> None:
+    """Verdict first; then what was chosen and what else there was, or the smallest changes that would fit.
+
+    compared_at: the tokens of a row with which the combinations were priced, where the plan may have others.
+    """
     screen = tables.console(stream, width)
     tables.sentence(screen, headline(plan), plan.verdict)
     if plan.reason:
@@ -35,6 +46,11 @@ def show_fit(stream: TextIO, plan: Plan, *, written: str | None = None, width: i
             tables.sentence(screen, "What would fit, smallest change first:")
             for advice in plan.advice:
                 screen.print(Text(f"  - {advice}"))
+        if others_are_the_cause(plan):
+            held = (
+                f"It would fit without the {human(plan.gpu.used_by_others_bytes)} that others hold now. Who they are:"
+            )
+            tables.command(screen, held, f"vramplan check {shlex.quote(plan.run.model)} --seq-len {plan.run.seq_len}")
     else:
         screen.print()
         tables.put(screen, choice_table(screen, plan), 1)
@@ -42,13 +58,21 @@ def show_fit(stream: TextIO, plan: Plan, *, written: str | None = None, width: i
         screen.print()
         tables.put(screen, candidate_table(screen, plan.candidates, plan), 2)
         left = len(plan.candidates) - len(shown(plan.candidates, plan))
-        more = f"; {left} more were priced, slower or no smaller" if left > 0 else ""
+        more = f"; {left} more {'was' if left == 1 else 'were'} priced, slower or no smaller" if left > 0 else ""
         screen.print(Text(f"~ tokens/s is modelled, not measured{more}", style="dim"))
+        if compared_at is not None and compared_at != plan.run.seq_len:
+            screen.print(Text(f"compared with rows of {compared_at:,} tokens", style="dim"))
     if plan.verdict != "does_not_fit":
         data = "" if plan.run.data is not None else " --data FILE"
         tables.command(screen, "To run it:", f"vramplan train {written or 'plan.json'}{data}")
         if written is None:
             screen.print(Text("(-o plan.json writes the plan)", style="dim"))
+
+
+def others_are_the_cause(plan: Plan) -> bool:
+    """Whether a live card would hold the leanest plan if it were free; what a probe has refuted is another matter."""
+    missing = plan.ledger.peak.device_bytes - plan.budget_bytes
+    return plan.gpu.source == "nvml" and not plan.probes and 0 < missing <= plan.gpu.used_by_others_bytes
 
 
 def headline(plan: Plan) -> str:
