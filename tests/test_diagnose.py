@@ -504,3 +504,19 @@ def test_a_run_that_cannot_be_estimated_leaves_the_report(folder: Path, capsys: 
     code, out, err = called(capsys, folder)
     assert code == 0 and "1000.0 MiB asked for" in out
     assert "diagnosed from the report alone" in err
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_train_keeps_its_diagnosis_in_the_run_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], as_json: bool
+) -> None:
+    from vramplan.cli.runner import _explain_oom
+
+    (tmp_path / "log.txt").write_text(
+        "CUDA out of memory. Tried to allocate 2.00 GiB (GPU 0; 23.65 GiB total capacity)"
+    )
+    run = RunSpec(model="llama-2-7b")
+    _explain_oom(tmp_path, run, None, estimate(load_model("llama-2-7b"), run), as_json=as_json, width=80)
+    assert ("Why, likeliest first" in capsys.readouterr().out) == (not as_json)
+    kept = json.loads((tmp_path / "diagnosis.json").read_text())
+    assert kept["evidence"]["requested_bytes"] == 2 * GIB and kept["fixes"] and kept["predicted_bytes"]

@@ -75,3 +75,9 @@ def test_host_memory_is_not_spent_on_a_difference_that_nobody_can_tell() -> None
     assert speed >= (1 - TIE) * best
     assert not offloaded
     assert any(c.levers.checkpoint_offload and (c.tokens_per_s or 0) > speed for c in found.candidates)
+
+
+def test_the_longest_context_too_stays_within_the_computers_memory() -> None:
+    free, bound = plan(SPEC, RUN, CARD, 1, "context"), plan(SPEC, RUN, CARD, 1, "context", host_limit_bytes=GIB)
+    assert free.run.levers.checkpoint_offload and host_bytes(SPEC, free.run) > GIB
+    assert not bound.run.levers.checkpoint_offload and bound.run.seq_len >= RUN.seq_len

@@ -86,6 +86,17 @@ def stored_run(path: Path) -> tuple[RunSpec, GpuProfile | None]:
     return decode(data, RunSpec, where=str(path)), None
 
 
+def diagnosed(evidence: OomEvidence, run: RunSpec | None, card: GpuProfile | None) -> Diagnosis:
+    """The diagnosis. A run that cannot be estimated is left out, with a note."""
+    from vramplan.core.diagnose import diagnose
+
+    try:
+        return diagnose(evidence, _model(run), run, card, _known(evidence, run))
+    except (Unplannable, VramplanError) as error:
+        build.note(f"{error.message}: diagnosed from the report alone")
+        return diagnose(evidence, gpu=card, known=_known(evidence, None))
+
+
 def show(
     evidence: OomEvidence,
     run: RunSpec | None,
@@ -94,14 +105,8 @@ def show(
     as_json: bool = False,
     width: int | None = None,
 ) -> Diagnosis:
-    """Diagnose and print. A run that cannot be estimated is left out, with a note."""
-    from vramplan.core.diagnose import diagnose
-
-    try:
-        diagnosis = diagnose(evidence, _model(run), run, card, _known(evidence, run))
-    except (Unplannable, VramplanError) as error:
-        build.note(f"{error.message}: diagnosed from the report alone")
-        diagnosis = diagnose(evidence, gpu=card, known=_known(evidence, None))
+    """Diagnose and print."""
+    diagnosis = diagnosed(evidence, run, card)
     if as_json:
         from vramplan.sources.records import encode
 

@@ -161,16 +161,21 @@ def print_launch(run_dir: Path, run: RunSpec, plan: Plan | None, *, machines: in
 def _explain_oom(
     run_dir: Path, run: RunSpec, plan: Plan | None, ledger: Ledger, *, as_json: bool, width: int | None
 ) -> None:
-    """The diagnosis of the run's log; where the log says nothing, what the ledger says."""
+    """The diagnosis of the run's log, also kept in its folder; where the log says nothing, what the ledger says."""
     from vramplan.sources.oom_text import read_run_evidence
 
     try:  # an explanation that fails must not change how the run ended
-        evidence = None if as_json else read_run_evidence(run_dir)
+        evidence = read_run_evidence(run_dir)
         if evidence is not None:
-            from vramplan.cli.diagnose import show
+            from vramplan.cli.diagnose import diagnosed, keep
+            from vramplan.report.diagnose import show_diagnosis
 
-            show(evidence, run, plan.gpu if plan else None, width=width)
-            return
+            diagnosis = diagnosed(evidence, run, plan.gpu if plan else None)
+            if not as_json:
+                show_diagnosis(sys.stdout, diagnosis, width=width)
+            keep(diagnosis, run_dir)
+            if not as_json:
+                return
     except VramplanError:
         pass
     for text in oom_lines(ledger):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from .capacity import longest_sequence
 from .ledger import estimate
 from .lengths import longest_run
-from .room import Quick, divisors, judge, largest, largest_that_survives, longest_sequence
+from .room import Quick, divisors, judge, largest, largest_that_survives
+from .sizes import Sizes
 from .speed import host_bytes
 from .types import SEARCHED, Candidate, GpuProfile, Ledger, Lengths, Levers, ModelSpec, Plan, RunSpec
 from .units import human
@@ -54,12 +56,12 @@ def _search(
     quick = Quick(model, lengths)
     if lengths is not None:
         run = longest_run(run, lengths)
+    limit = host_limit_bytes if "checkpoint_offload" in free else None  # what was asked for stays
     candidates: list[tuple[Candidate, RunSpec]] = []
     for variant in settings_of(run, free):
         for micro in _micro_batches(quick, variant, gpu, effective_batch_size, objective):
             pair = _candidate(quick, variant, gpu, effective_batch_size, micro)
-            small = host_limit_bytes is None or _host_bytes(model, pair[1]) <= host_limit_bytes
-            if small or "checkpoint_offload" not in free:
+            if limit is None or _host_bytes(model, pair[1]) <= limit:
                 candidates.append(pair)
     ranked = _best_first(model, candidates, objective)
     for candidate, chosen in ranked:
@@ -71,7 +73,8 @@ def _search(
             exact = replace(candidate, device_bytes=ledger.peak.device_bytes, verdict=verdict)
             tried = [exact if c is candidate else c for c, _ in ranked]
             if objective == "context":
-                return _longest(quick, ledger, settings_of(chosen, free), gpu, effective_batch_size, tried)
+                settings = settings_of(chosen, free)
+                return _longest(quick, ledger, settings, gpu, effective_batch_size, tried, limit)
             return _plan(ledger, gpu, effective_batch_size, verdict, tried, exact, objective)
     smallest = min((pair for pair in candidates), key=lambda pair: pair[0].device_bytes)[1]
     return _impossible(quick, model, smallest, gpu, effective_batch_size, [c for c, _ in ranked])
@@ -204,11 +207,15 @@ def _longest(
     gpu: GpuProfile,
     effective: int,
     candidates: list[Candidate],
+    host_limit_bytes: int | None,
 ) -> Plan:
     """The run with the longest sequence that the card holds, in steps of 128 tokens; `ledger` is of one that fits."""
     model = quick.model
     leanest = [run for run in settings if run.levers.checkpointing == settings[-1].levers.checkpointing]
-    longest = [replace(run, seq_len=longest_sequence(quick, run, gpu)) for run in leanest]
+    sizes = Sizes(model)
+    longest = [replace(run, seq_len=longest_sequence(sizes, run, gpu)) for run in leanest]
+    if host_limit_bytes is not None:
+        longest = [run for run in longest if _host_bytes(model, run) <= host_limit_bytes] or [ledger.run]
     found = max(longest, key=lambda run: (run.seq_len, not run.levers.checkpoint_offload))
     if found.seq_len > ledger.run.seq_len:
         ledger = estimate(model, found, gpu)
@@ -264,7 +271,8 @@ def _advice(quick: Quick, model: ModelSpec, run: RunSpec, gpu: GpuProfile) -> li
         return judge(estimate(model, variant, gpu), gpu) != "does_not_fit"
 
     out = []
-    lean = replace(run, levers=Levers(attention=run.levers.attention))
+    asked = run.levers
+    lean = replace(run, levers=Levers(attention=asked.attention, checkpoint_offload=asked.checkpoint_offload))
     if lean.levers != run.levers and fits(lean):
         out.append("--recipe lean: nothing upcast, fused loss, paged 8-bit optimizer, expandable segments")
     if not run.double_quant and fits(replace(run, double_quant=True)):

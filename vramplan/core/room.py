@@ -96,17 +96,6 @@ def largest(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def longest_sequence(quick: Quick, run: RunSpec, gpu: GpuProfile) -> int:
-    """The longest with which the run fits, in steps of 128 tokens and up to the model's own limit; 0 if none does."""
-    most = quick.model.max_position_embeddings
-
-    def with_blocks(n: int) -> RunSpec:
-        return replace(run, seq_len=min(128 * n, most))
-
-    blocks = largest_that_survives(quick, gpu, with_blocks, -(-most // 128))
-    return with_blocks(blocks).seq_len if blocks else 0
-
-
 def largest_that_survives(quick: Quick, gpu: GpuProfile, variant: Callable[[int], RunSpec], most: int) -> int:
     """By the sum of live tensors first, then down until the replay of the allocator agrees."""
     n = largest(lambda n: quick.bytes(variant(n), gpu) <= gpu.usable_bytes, most)
