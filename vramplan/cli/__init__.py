@@ -24,6 +24,7 @@ COMMANDS = {
     "measure": "Measure a few steps on this machine's card, beside the prediction.",
     "calibrate": "Measure overheads and speed of this machine's card once, for its plans.",
     "diagnose": "Say why a run went out of memory, and which change fixes it.",
+    "audit": "Say what in a trainer's configuration costs memory, before anything runs.",
     "gpus": "List the stored cards and this machine's.",
     "models": "List the built-in models.",
     "quickstart": "See it all on a tiny model: no GPU, no Hub, under three minutes.",
