@@ -114,7 +114,5 @@ def lean_run(run: RunSpec, model: ModelSpec) -> RunSpec:
         checkpointing="all",
         optimizer=LEANER_OPTIMIZER.get(run.levers.optimizer, run.levers.optimizer),
         allocator="expandable",
-        attention="eager"
-        if eager and run.levers.attention == "eager"
-        else run.levers.attention.replace("eager", "sdpa"),
+        attention=attention,
     )(run)
