@@ -48,7 +48,8 @@ def headline(found: ConfigAudit) -> str:
     if found.judged is None:
         return f"{count}: {need} as written{saved}."
     words = {"fits": "Fits", "tight": "Tight on", "does_not_fit": "Does not fit"}[found.judged.verdict]
-    return f"{words} {found.judged.gpu}: {need} of {human(found.judged.usable_bytes)} as written{saved}. {count}."
+    usable = human(found.judged.usable_bytes)
+    return f"{words} {found.judged.gpu} ({usable} usable): {need} as written{saved}. {count}."
 
 
 def _what(config: TrainerConfig) -> str:

@@ -11,9 +11,9 @@ from vramplan.sources.records import parse_json, read_text
 if TYPE_CHECKING:
     from pathlib import Path
 
-MAX_CONFIG_BYTES = 2**18
+MAX_CONFIG_BYTES = 2**20
 MOST_ALIASES, DEEPEST, MOST_VALUES = 10, 32, 20_000
-SUFFIXES = (".yaml", ".yml", ".json")
+LONGEST_BITS = 63
 
 
 class Mapping(NamedTuple):
@@ -72,13 +72,14 @@ def _parse_yaml(text: str, where: str) -> tuple[Any, dict[str, int]]:
 def _refuse_bombs(yaml: Any, text: str, where: str) -> None:
     """Aliases can stand for exponentially much, and nesting for a stack as deep as the file is long."""
     aliases = depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
         aliases += isinstance(event, yaml.AliasEvent)
         depth += isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent))
         depth -= isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent))
-        if aliases > MOST_ALIASES or depth > DEEPEST:
-            what = f"more than {MOST_ALIASES} aliases" if aliases > MOST_ALIASES else f"more than {DEEPEST} levels"
-            raise InputError(f"{where}, line {event.start_mark.line + 1}: {what} are not read")
+        for number, most, what in ((aliases, MOST_ALIASES, "aliases"), (depth, DEEPEST, "levels"),
+                                   (count, MOST_VALUES, "values")):  # fmt: skip
+            if number > most:
+                raise InputError(f"{where}, line {event.start_mark.line + 1}: more than {most:,} {what} are not read")
 
 
 def _count(values: dict[str, Any], where: str) -> None:
@@ -92,5 +93,9 @@ def _count(values: dict[str, Any], where: str) -> None:
             raise InputError(f"{where} holds more than a configuration does")
         if isinstance(value, float) and not isfinite(value):
             raise InputError(f"{where} holds a number that is not finite")
-        inner = list(value.values()) if isinstance(value, dict) else list(value) if isinstance(value, list) else []
+        if isinstance(value, int) and value.bit_length() > LONGEST_BITS:
+            raise InputError(f"{where} holds a number that is too long")
+        if isinstance(value, str) and not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+            raise InputError(f"{where} holds a text that is no Unicode")  # half a character, by an escape
+        inner = [*value, *value.values()] if isinstance(value, dict) else list(value) if isinstance(value, list) else []
         rest += [(item, depth + 1) for item in inner]
