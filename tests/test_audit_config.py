@@ -319,4 +319,6 @@ def test_the_table_keeps_to_the_screen_and_to_one_line_each(width: int) -> None:
 def test_the_page_shows_what_is_printed() -> None:
     page = (Path(__file__).parent.parent / "docs" / "cli.md").read_text(encoding="utf-8")
     shown = page.partition("\n## audit\n")[2].split("```")[1].strip("\n")
-    assert shown == draw(show_config_audit, golden_audit("axolotl"), width=80).strip("\n")
+    assert shown == "$ vramplan audit axolotl.yml\n" + draw(show_config_audit, golden_audit("axolotl"), width=80).strip(
+        "\n"
+    )

@@ -241,8 +241,9 @@ KEYS = st.sampled_from(
         *foreign_axolotl.KEYS, *foreign_llama_factory.KEYS, *foreign_hf.TRL_KEYS, *foreign_hf.KEYS, "adapter", "fsdp",
         "rl", "bf16", "fp16", "optim", "optimizer", "flash_attention", "lora_dropout", "lora_modules_to_save",
         "val_size", "val_set_size", "additional_target", "device_map", "deepspeed", "gradient_checkpointing_kwargs",
-        "stage", "dtype", "torch_dtype", "bnb_config_kwargs", "attn_implementation", "test_datasets", "eval_dataset", "padding",
-        "lora_r", "lora_alpha", "bnb_4bit_compute_dtype", "eval_batch_size", "cut_cross_entropy", "quantization_type",
+        "stage", "dtype", "torch_dtype", "bnb_config_kwargs", "attn_implementation", "test_datasets", "eval_dataset",
+        "padding", "lora_r", "lora_alpha", "bnb_4bit_compute_dtype", "eval_batch_size", "cut_cross_entropy",
+        "quantization_type",
     })
 )  # fmt: skip
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(
