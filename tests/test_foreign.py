@@ -179,6 +179,18 @@ def test_no_length_and_no_targets_are_assumed_aloud(tmp_path: Path) -> None:
     assert any("lm_head is not counted" in text for text in config.assumed)
 
 
+def test_what_is_not_stated_has_the_default_of_its_tool(tmp_path: Path) -> None:
+    trl = read(tmp_path, TRL).run
+    assert trl is not None and (trl.micro_batch_size, trl.seq_len) == (8, 1024)
+    axolotl = read(tmp_path, AXOLOTL + "micro_batch_size: 3\nval_set_size: 0.1")
+    assert (axolotl.evaluates, axolotl.eval_batch_size) == (True, 3)  # evaluation as training
+    assert not read(tmp_path, AXOLOTL).evaluates
+    assert not read(tmp_path, FACTORY + "eval_strategy: steps").evaluates  # no rows are held out
+    assert not read(tmp_path, FACTORY + "val_size: 0.1").evaluates  # nor asked for
+    assert read(tmp_path, FACTORY + "val_size: 0.1\neval_strategy: steps").evaluates
+    assert read(tmp_path, HF + "eval_strategy: epoch").eval_batch_size == 8
+
+
 def test_without_bf16_the_dtype_is_that_of_the_tool(tmp_path: Path) -> None:
     assert read(tmp_path, AXOLOTL).compute_dtype == "bfloat16"
     assert read(tmp_path, AXOLOTL + "bf16: false").compute_dtype == "float32"
@@ -222,6 +234,11 @@ def test_bad_files_are_one_sentence(tmp_path: Path, text: str, said: str) -> Non
     with pytest.raises(InputError) as caught:
         read(tmp_path, text)
     assert said in caught.value.message and "\n" not in caught.value.message
+
+
+def test_a_huge_json_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="more than a configuration"):
+        read(tmp_path, json.dumps({"max_steps": [0] * 30_000}), "c.json")
 
 
 def test_a_bomb_of_merges_is_small(tmp_path: Path) -> None:
