@@ -36,7 +36,7 @@ ROOMS = {
     "core": Room(ours=("vramplan.core",)),
     "sources": Room(
         ours=("vramplan.core", "vramplan.sources", "vramplan.errors"),
-        lazily=frozenset({"huggingface_hub", "tomli"}),
+        lazily=frozenset({"huggingface_hub", "tomli", "yaml"}),
     ),
     "sources/gpu.py": Room(
         ours=("vramplan.core", "vramplan.sources", "vramplan.errors"), lazily=frozenset({"pynvml"})

@@ -25,6 +25,7 @@ COMMANDS = {
     "calibrate": "Measure overheads and speed of this machine's card once, for its plans.",
     "run": "Run any training command; if it ends out of memory, say why.",
     "diagnose": "Say why a run went out of memory, and which change fixes it.",
+    "audit": "Say what in a trainer's configuration costs memory, before anything runs.",
     "gpus": "List the stored cards and this machine's.",
     "models": "List the built-in models.",
     "quickstart": "See it all on a tiny model: no GPU, no Hub, under three minutes.",

@@ -53,6 +53,7 @@ DATA_KINDS = ("auto", "messages", "sharegpt", "prompt_completion", "alpaca", "te
 TRUNCATIONS = ("cut", "split", "drop", "error")
 SAMPLINGS = ("random", "sequential", "group_by_length")
 PARALLELS = ("none", "ddp", "fsdp")
+CONFIG_TOOLS = ("vramplan", "transformers", "trl", "axolotl", "llama-factory", "model")  # who reads a configuration
 OBJECTIVES = ("speed", "memory", "context")  # of a plan
 SEARCHED = ("checkpointing", "checkpoint_offload")  # levers that a plan turns unless they are given
 VERDICTS = ("fits", "tight", "does_not_fit")
@@ -769,3 +770,65 @@ class Diagnosis(Value):
     more: tuple[str, ...] = ()
     predicted_bytes: int | None = None
     budget_bytes: int | None = None
+
+
+# ------------------------------------------------------------------------------------- what would go wrong
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
+class TrainerConfig(Value):
+    """A configuration file of some trainer, in common words.
+
+    What the file does not say has the trainer's own default; None where that is not known, or where a script decides.
+    `run` is what the file comes to, with an empty `model` where it names none; `unplanned` is why it cannot be
+    estimated, if it cannot. `assumed` are sentences on what `run` takes for granted, `not_understood` the other keys.
+    """
+
+    tool: str  # see CONFIG_TOOLS
+    source: str  # the file, or the model's name
+    model: str | None = None
+    run: RunSpec | None = None
+    unplanned: str = ""
+    batch_stated: bool = True
+    loss_stated: bool = True  # False: whole logits are assumed
+    quantised: bool | None = None  # to 4 bits, by bitsandbytes
+    compute_dtype: str | None = None  # of the 4-bit layers
+    base_dtype: str | None = None  # what is not quantised is loaded in
+    quant_storage: str | None = None
+    prepared: bool | None = None  # by prepare_model_for_kbit_training, and left in float32
+    reentrant: bool = False  # checkpoints that have a backward only if their input needs one
+    input_grads: bool | None = None  # enable_input_require_grads is called
+    evaluates: bool = False
+    eval_batch_size: int | None = None
+    pad_to_max: bool = False
+    trained_whole: tuple[str, ...] = ()  # PEFT's modules_to_save
+    device_map: str | None = None
+    sharded: bool = False  # FSDP or ZeRO-3
+    assumed: tuple[str, ...] = ()
+    not_understood: tuple[str, ...] = ()
+
+
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
+class ConfigFinding(Value):
+    """Something that costs memory without need, seen before anything runs.
+
+    `cause` is its number in the playbook, None for none of those; `bytes` what the fix would save, None where nothing
+    counts it. Not `certain`: the file leaves it to a script, an environment variable, a version or the data.
+    """
+
+    cause: int | None
+    key: str
+    bytes: int | None
+    message: str
+    fix: str
+    certain: bool = True
+
+
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
+class ConfigAudit(Value):
+    """What was found, largest first. `device_bytes` is what the run needs as written, `fixed_bytes` with all that is
+    certain changed; None without a run and a model. `judged` holds the former against a card."""
+
+    config: TrainerConfig
+    findings: tuple[ConfigFinding, ...] = ()
+    device_bytes: int | None = None
+    fixed_bytes: int | None = None
+    judged: GpuVerdict | None = None
