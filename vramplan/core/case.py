@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .types import Fix, GpuProcess, GpuProfile, Ledger, ModelSpec, OomEvidence, RunSpec
+from .types import Fix, GpuProcess, GpuProfile, Holdings, Ledger, ModelSpec, OomEvidence, RunSpec
 
 
 @dataclass(slots=True)
@@ -24,3 +24,4 @@ class Case:
     others: tuple[GpuProcess, ...] = ()
     others_bytes: int = 0
     budget_bytes: int | None = None
+    holdings: Holdings | None = None

@@ -133,7 +133,7 @@ def evidence_of(snapshot: Snapshot, held: Holdings) -> OomEvidence | None:
     if event is None:
         return None
     free = event.free_bytes
-    text = f"The snapshot's trace ends in lack of memory: {human(event.size_bytes)} asked for"
+    text = f"Memory ran out in the trace of the snapshot: {human(event.size_bytes)} asked for"
     if free is not None:
         text += f", the driver had {human(free)} left"
         if free >= event.size_bytes + 64 * MIB:
@@ -228,15 +228,14 @@ def _private(snapshot: Snapshot, live: dict[int, Piece]) -> int:
 def largest_free(segments: dict[int, int], live: dict[int, Piece]) -> int:
     """The largest gap between live tensors in a segment."""
     addresses = sorted(live)
-    largest = 0
-    for start, size in segments.items():
-        at, end = start, start + size
-        for index in range(bisect_left(addresses, start), len(addresses)):
-            address = addresses[index]
-            if address >= end:
-                break
-            largest = max(largest, address - at)
-            at = max(at, address + live[address].size_bytes)
+    largest = index = at = 0
+    for start, size in sorted(segments.items()):
+        at, end = max(at, start), start + size  # no two overlap, unless somebody wrote the file by hand
+        index = max(index, bisect_left(addresses, start))
+        while index < len(addresses) and addresses[index] < end:
+            largest = max(largest, addresses[index] - at)
+            at = max(at, addresses[index] + live[addresses[index]].size_bytes)
+            index += 1
         largest = max(largest, end - at)
     return largest
 

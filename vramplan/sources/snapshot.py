@@ -17,7 +17,7 @@ from vramplan.errors import InputError
 from vramplan.sources import pickle_guard
 
 MAX_NUMBER = 2**63 - 1
-MAX_SETTINGS, MAX_TEXT = 64, 200
+MAX_SETTINGS, MAX_TEXT, MAX_DEPTH = 64, 200, 512
 HEAD_BYTES = 4096
 STATES = ("active_allocated", "active_awaiting_free", "active_pending_free", "inactive")
 ACTIONS = {
@@ -190,8 +190,10 @@ class _Reader:
             return ()
         if not isinstance(value, list):
             self.wrong("the frames are no list")
-        texts = self.frame_texts
-        found = [texts[id(f)] if id(f) in texts else self.frame(f) for f in reversed(value)]
+        texts, listed = self.frame_texts, value
+        if len(value) > MAX_DEPTH:  # the two ends say what was going on
+            listed = value[: MAX_DEPTH // 2] + value[-MAX_DEPTH // 2 :]
+        found = [texts[id(f)] if id(f) in texts else self.frame(f) for f in reversed(listed)]
         frames = tuple([text for text in found if text])
         self.stacks[id(value)] = frames = self.same.setdefault(frames, frames)
         return frames
@@ -205,8 +207,8 @@ class _Reader:
         line = self.number(frame, "line", 0)
         name, file = name[: 10 * MAX_TEXT], file[-10 * MAX_TEXT :]
         if file.endswith(".py") or file[:1] == "<":
-            where = "/".join(re.split(r"[\\/]", file)[-3:])[-MAX_TEXT:]
-            text = "" if name in NOISE else f"{where}:{line} {name}"[: 2 * MAX_TEXT]
+            where = "/".join(re.split(r"[\\/]", file)[-3:])[-MAX_TEXT // 2 :]
+            text = "" if name in NOISE else f"{where}:{line} {name}"[:MAX_TEXT]
         else:
             word = next((word for word in TELLING if word in name), None)
             text = f"c++:0 {word}" if word else ""
