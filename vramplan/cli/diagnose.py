@@ -152,10 +152,12 @@ def show_snapshot(
     """The holders of a snapshot, then the diagnosis of its out-of-memory event, or of the log's report if there is one:
     the report's numbers come first, the snapshot adds what it does not say."""
     from vramplan.core.holdings import evidence_of, holdings
+    from vramplan.sources.pickle_guard import uncollected
     from vramplan.sources.snapshot import read_snapshot
 
-    snapshot = read_snapshot(path)
-    held = holdings(snapshot)
+    with uncollected():
+        snapshot = read_snapshot(path)
+        held = holdings(snapshot)
     evidence = evidence_of(snapshot, held)
     if report is not None:
         evidence = _joined(report, evidence)

@@ -93,11 +93,16 @@ class Holders:
         some = islice(stacks, LOOKED_AT)
         self.layers_called = any(_LAYER_CALL in frame for frames in some for frame in frames)
         self.known: dict[Frames, Holder] = {}
+        self.seen: dict[int, tuple[Holder, Frames]] = {}  # by identity, as hashing a stack takes longer than all else
 
     def of(self, frames: Frames) -> Holder:
+        seen = self.seen.get(id(frames))
+        if seen is not None:
+            return seen[0]
         holder = self.known.get(frames)
         if holder is None:
             holder = self.known[frames] = self._judge(frames)
+        self.seen[id(frames)] = holder, frames  # kept, so that no other stack gets its identity
         return holder
 
     def _judge(self, frames: Frames) -> Holder:

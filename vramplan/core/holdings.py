@@ -53,12 +53,12 @@ class Replay:
         sizes = {address: block.size_bytes for address, block in self.now.items()}
         total = sum(sizes.values())
         totals = [total]
-        for event in reversed(self.snapshot.events):
-            if event.action == ALLOC:
-                total -= sizes.pop(event.address, 0)
-            elif event.action == FREE:
-                sizes[event.address] = size = round_up(event.size_bytes, STEP_BYTES)
-                total += size
+        for action, address, size, _, _ in reversed(self.snapshot.events):
+            if action == ALLOC:
+                total -= sizes.pop(address, 0)
+            elif action == FREE:
+                sizes[address] = rounded = round_up(size, STEP_BYTES)
+                total += rounded
             totals.append(total)
         return totals[::-1]
 
@@ -102,9 +102,9 @@ def holdings(snapshot: Snapshot) -> Holdings:
     """Who holds what when memory ran out last, else now; the peak of the trace; what grows."""
     replay = Replay(snapshot)
     events = snapshot.events
-    stacks = {event.frames: None for event in events if event.frames}
-    stacks |= {block.frames: None for block in replay.now.values() if block.frames}
-    holders = Holders(stacks)
+    stacks = {id(event.frames): event.frames for event in events}
+    stacks |= {id(block.frames): block.frames for block in replay.now.values()}
+    holders = Holders(stacks.values())
     failed = next((index for index in range(len(events) - 1, -1, -1) if events[index].action == OOM), None)
     at = len(events) if failed is None else failed
     moment = replay.moment(at)
@@ -190,25 +190,27 @@ def _first(places: Counter[str]) -> str:
 def _layers(snapshot: Snapshot, moment: Moment, holders: Holders) -> list[int]:
     """What each layer has saved, in the forward that was under way. A layer's own code runs from its first line to its
     last: where the line goes back, the next layer has begun; the model's own code before the layers begins anew."""
+    events, first = snapshot.events, 0
+    for index in range(moment.at - 1, -1, -1):
+        event = events[index]
+        if event.action == ALLOC and holders.of(event.frames).key == "activations.inputs":
+            first = index
+            break
     number, line = -1, 0
     saved: dict[int, int] = {}
-    for index, event in enumerate(snapshot.events[: moment.at]):
-        if event.action != ALLOC or not event.frames:
+    for index in range(first, moment.at):
+        event = events[index]
+        layer = holders.of(event.frames).layer if event.action == ALLOC else ""
+        if not layer:
             continue
-        holder = holders.of(event.frames)
-        if holder.key == "activations.inputs":
-            number, line = -1, 0
-            saved.clear()
-        if not holder.layer:
-            continue
-        here = int(holder.layer.rpartition(":")[2].split()[0])
+        here = int(layer.rpartition(":")[2].split()[0])
         if here < line or number < 0:
             number += 1
         line = here
         piece = moment.live.get(event.address)
         if piece is not None and piece.born == index:
             saved[number] = saved.get(number, 0) + piece.size_bytes
-    return [saved.get(layer, 0) for layer in range(max(saved) + 1)] if saved else []
+    return [saved.get(index, 0) for index in range(max(saved) + 1)] if saved else []
 
 
 def _private(snapshot: Snapshot, live: dict[int, Piece]) -> int:
@@ -268,10 +270,10 @@ def _step_starts(snapshot: Snapshot, holders: Holders) -> list[int]:
     births: dict[Frames, list[int]] = defaultdict(list)
     largest: dict[Frames, int] = {}
     for index, event in enumerate(snapshot.events):
-        if event.action == ALLOC and event.frames:
+        if event.action == ALLOC and holders.of(event.frames).key in ONCE_A_STEP:
             births[event.frames].append(index)
             largest[event.frames] = max(event.size_bytes, largest.get(event.frames, 0))
-    often = [f for f, found in births.items() if len(found) >= MIN_STEPS and holders.of(f).key in ONCE_A_STEP]
+    often = [frames for frames, found in births.items() if len(found) >= MIN_STEPS]
     looked_up = [frames for frames in often if frames[-1].endswith(" embedding")]
     chosen = looked_up or often
     return births[max(chosen, key=lambda frames: largest[frames])] if chosen else []

@@ -13,6 +13,8 @@ import gc
 import io
 import pickle
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from vramplan.errors import InputError
@@ -24,9 +26,10 @@ RUN_OPCODES = 4096
 
 # Instructions whose length can be told from their first byte: references into the memo, numbers, containers. A pair is
 # made of the two small numbers right before it: a memory pool's id. Numbers end at 64 bits, so that few have one hash.
-_SMALL = rb"(?:K.|M..|J.{4})"
-_LONG = b"|".join(rb"\x8a%c.{%d}" % (size, size) for size in range(9))
-_ONE = rb"h.|j.{4}|[\x94(esuaN\x88\x89}\])]|%s(?:%s\x86)?|%s|G.{8}|\x95.{8}" % (_SMALL, _SMALL, _LONG)
+_SMALL = rb"(?:K.|M..|J....)"
+_SIZES = (6, 7, 5, 8, 4, 3, 2, 1, 0)  # the likeliest first: addresses and times
+_LONG = rb"\x8a(?:%s)" % b"|".join(rb"\x%02x" % size + b"." * size for size in _SIZES)
+_ONE = rb"h.|j....|[\x94(esuaN\x88\x89}\])]|%s(?:%s\x86)?|%s|G........|\x95........" % (_SMALL, _SMALL, _LONG)
 _RUN = re.compile(rb"(?:%s){1,%d}" % (_ONE, RUN_OPCODES), re.DOTALL)
 _SHORT_TEXT, _TEXT, _STOP = b"\x8c", b"X", b"."
 _CALLS = b"cRibo\x81\x92\x93\x82\x83\x84PQ"  # what imports, calls, builds objects or asks for those of others
@@ -45,14 +48,21 @@ class _Plain(pickle.Unpickler):
 def load(data: bytes, where: str) -> Any:
     """The plain values in a pickle of protocol 4 or 5. InputError with `where` for anything else."""
     check(data, where)
-    collecting = gc.isenabled()
-    gc.disable()  # millions of containers and no cycle: the collector would double the time
     try:
         return _Plain(io.BytesIO(data)).load()
     except MemoryError:
         raise InputError(f"{where}: the computer has not enough memory for it") from None
     except Exception as error:  # whatever bytes make the unpickler say: they are the file's fault
         raise InputError(f"{where}: {_reason(error)}") from None
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the collector of cycles: millions of containers and no cycle, it would double the time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if collecting:
             gc.enable()

@@ -17,7 +17,7 @@ from vramplan.errors import InputError
 from vramplan.sources import pickle_guard
 
 MAX_NUMBER = 2**63 - 1
-MAX_SETTINGS, MAX_TEXT, MAX_DEPTH = 64, 200, 512
+MAX_SETTINGS, MAX_TEXT, MAX_DEPTH, MAX_SAME = 64, 200, 512, 20_000
 HEAD_BYTES = 4096
 STATES = ("active_allocated", "active_awaiting_free", "active_pending_free", "inactive")
 ACTIONS = {
@@ -71,8 +71,9 @@ def read_snapshot(path: Path | str) -> Snapshot:
 def parse(data: bytes, name: str) -> Snapshot:
     """The snapshot in these bytes; `name` is what errors call them."""
     where = f"{name} is no memory snapshot of PyTorch"
-    value = pickle_guard.load(data, where) if data[:1] == b"\x80" else _json(data, where)
-    return _Reader(where).snapshot(value)
+    with pickle_guard.uncollected():
+        value = pickle_guard.load(data, where) if data[:1] == b"\x80" else _json(data, where)
+        return _Reader(where).snapshot(value)
 
 
 def _json(data: bytes, where: str) -> Any:
@@ -95,7 +96,8 @@ class _Reader:
         self.where = where
         self.frame_texts: dict[int, str] = {}  # by identity: the values live as long as this reader reads
         self.stacks: dict[int, Frames] = {}
-        self.same: dict[Frames, Frames] = {}
+        self.same: dict[tuple[int, ...], Frames] = {}
+        self.equal: dict[Frames, Frames] = {}
         self.seen: set[int] = set()
 
     def wrong(self, what: str) -> NoReturn:
@@ -120,6 +122,8 @@ class _Reader:
 
     def device(self, by_device: dict[int, list[Any]], traces: list[Any]) -> int:
         """The card to look at: where memory ran out last, else where most is allocated."""
+        if len(traces) < 2 and by_device.keys() <= {0}:
+            return 0
         failed = [
             (event["time_us"] if type(event.get("time_us")) is int else 0, index)
             for index, trace in enumerate(traces)
@@ -164,21 +168,26 @@ class _Reader:
         actions = dict(ACTIONS)
         if not any(isinstance(event, dict) and event.get("action") == "free_completed" for event in trace):
             actions["free_requested"] = core.FREE  # the others were not recorded (skip_actions)
-        for event in trace:
-            value = self.dict_of(event, "an event")
-            name = value.get("action")
-            if not isinstance(name, str):
+        stacks, nothing = self.stacks, ()
+        for value in trace:  # hundreds of thousands: written out, without a call for each value
+            name = value.get("action") if type(value) is dict else None
+            if type(name) is not str:
                 self.wrong("an event has no action")
             action = actions.get(name)
             if action is None:
                 continue
-            size = self.number(value, "size")
-            if action == core.OOM:
+            size, address = value.get("size"), value.get("addr", 0 if action == core.OOM else None)
+            if type(size) is not int or type(address) is not int or not 0 <= size <= MAX_NUMBER or address < 0:
+                self.wrong("an event has no size or no address")
+            if action == core.ALLOC:
+                listed = value.get("frames")
+                frames = stacks.get(id(listed))
+                yield TraceEvent(action, address, size, self.stack(listed) if frames is None else frames)
+            elif action == core.OOM:
                 free = self.number(value, "device_free", -1)
                 yield TraceEvent(action, 0, size, self.stack(value.get("frames")), None if free < 0 else free)
             else:
-                frames = self.stack(value.get("frames")) if action == core.ALLOC else ()
-                yield TraceEvent(action, self.number(value, "addr"), size, frames)
+                yield TraceEvent(action, address, size, nothing)
 
     # ------------------------------------------------------------------------------------------------------ frames
     def stack(self, value: Any) -> Frames:
@@ -190,12 +199,19 @@ class _Reader:
             return ()
         if not isinstance(value, list):
             self.wrong("the frames are no list")
-        texts, listed = self.frame_texts, value
+        listed = value
         if len(value) > MAX_DEPTH:  # the two ends say what was going on
             listed = value[: MAX_DEPTH // 2] + value[-MAX_DEPTH // 2 :]
-        found = [texts[id(f)] if id(f) in texts else self.frame(f) for f in reversed(listed)]
-        frames = tuple([text for text in found if text])
-        self.stacks[id(value)] = frames = self.same.setdefault(frames, frames)
+        ids = tuple(map(id, listed))  # every event has a list of its own, of the same frames as in the step before
+        frames = self.same.get(ids)
+        if frames is None:
+            texts = self.frame_texts
+            found = [texts[id(f)] if id(f) in texts else self.frame(f) for f in reversed(listed)]
+            frames = tuple(filter(None, found))
+            frames = self.equal.setdefault(frames, frames)
+            if len(self.same) < MAX_SAME:
+                self.same[ids] = frames
+        self.stacks[id(value)] = frames
         return frames
 
     def frame(self, value: Any) -> str:
