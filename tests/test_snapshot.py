@@ -146,6 +146,8 @@ def test_the_largest_gap(pieces: list[tuple[int, bool]]) -> None:
 
 def test_two_segments_are_not_one_piece() -> None:
     assert largest_free({0: 10, 10: 15}, {}) == 15
+    assert largest_free({0: 10, 20: 15}, {}) == 15
+    assert largest_free({0: 10, 5: 10}, {}) == 10  # no allocator writes this
 
 
 # ----------------------------------------------------------------------------------------------------- the holders
