@@ -482,7 +482,7 @@ def test_nothing_found_is_no_failure(tmp_path: Path, capsys: pytest.CaptureFixtu
         (("log", "--model", "tinyllama-1.1b", "--run", "x"), "--run and --model"),
         (("log", "--model", "no-such-model"), "no-such-model"),
         (("log", "--gpu", "rtx-4091"), "rtx-4091"),
-        (("snapshot.pickle",), "not in this version"),
+        (("snapshot.pickle",), "snapshot.pickle is no memory snapshot of PyTorch"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -388,12 +388,15 @@ def test_what_cannot_be_read(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("head", "word"),
-    [(b"\x80\x04\x95", "snapshot"), (b"PK\x03\x04", "compressed"), (b"\x1f\x8b\x08\x00", "compressed")],
+    [
+        (b"\x80\x04\x95", "snapshot"),
+        (b"PK\x03\x04", "not in this version"),
+        (b"\x1f\x8b\x08\x00", "not in this version"),
+    ],
 )
-def test_snapshots_and_archives_are_refused_in_one_line(head: bytes, word: str) -> None:
-    with pytest.raises(InputError, match=word) as error:
+def test_snapshots_and_archives_are_no_log(head: bytes, word: str) -> None:
+    with pytest.raises(InputError, match=word):
         read_evidence(io.BytesIO(head + b"rest"))
-    assert "not in this version" in error.value.message
 
 
 # --------------------------------------------------------------------------------------------------------- hostile

@@ -16,7 +16,7 @@ from vramplan.errors import OK, InputError, VramplanError
 
 if TYPE_CHECKING:
     from vramplan.core.inverse import Known
-    from vramplan.core.types import Diagnosis
+    from vramplan.core.types import Diagnosis, Holdings
 
 EXAMPLE = "Example: vramplan diagnose train.log --model llama-3.1-8b --recipe peft --batch-size 2 --gpu rtx-4090"
 LOG, RUN, PLAN, DIAGNOSIS = "log.txt", "run.json", "plan.json", "diagnosis.json"
@@ -24,7 +24,7 @@ NOT_FOUND = "No out-of-memory report found in {}."
 
 
 @click.command("diagnose", cls=options.SectionCommand, epilog=EXAMPLE)
-@click.argument("path", metavar="LOG|RUN_DIR|-")
+@click.argument("paths", metavar="LOG|RUN_DIR|SNAPSHOT|-...", nargs=-1, required=True)
 @click.option("--run", "run_file", cls=options.SectionOption, section="Run", metavar="FILE",
               help="The run: run.json or plan.json.")  # fmt: skip
 @click.option("--model", cls=options.SectionOption, section="Run", metavar="NAME",
@@ -34,20 +34,42 @@ NOT_FOUND = "No out-of-memory report found in {}."
 @options.use(options.BATCH, options.RUN, options.LORA, options.LEVERS, options.OUTPUT)
 @click.pass_context
 def command(ctx: click.Context, /, **params: Any) -> int:
-    """Say why a run went out of memory and which change fixes it, from its log (- reads stdin) or its run folder."""
+    """Say why a run went out of memory and which change fixes it, from its log (- reads stdin), its run folder
+    or a memory snapshot of PyTorch; a log and a snapshot of the same run can be given together."""
     from vramplan.sources.oom_text import read_evidence, read_run_evidence
 
-    path = params["path"]
+    path, snapshot_path = _sorted(params["paths"])
+    if path is None:
+        run, card = _run_and_card(ctx, params, None)
+        show_snapshot(snapshot_path or "", None, run, card, as_json=params["as_json"], width=params["width"])
+        return OK
     folder = Path(path) if path != "-" and Path(path).is_dir() else None
     run, card = _run_and_card(ctx, params, folder)
     if folder is not None and not (folder / LOG).is_file():
         raise InputError(f"{folder} is not a run folder: it holds no {LOG}", "give the log itself")
     evidence = read_run_evidence(folder) if folder else read_evidence(sys.stdin.buffer if path == "-" else path)
+    if snapshot_path is not None:
+        show_snapshot(snapshot_path, evidence, run, card, as_json=params["as_json"], width=params["width"])
+        return OK
     if evidence is None:
         _say_nothing_found("stdin" if path == "-" else path, as_json=params["as_json"])
         return OK
     show(evidence, run, card, as_json=params["as_json"], width=params["width"])
     return OK
+
+
+def _sorted(paths: tuple[str, ...]) -> tuple[str | None, str | None]:
+    """(log or run folder, snapshot) of what was given, told apart by what the files hold."""
+    from vramplan.sources.snapshot import is_snapshot_file
+
+    logs: list[str] = []
+    snapshots: list[str] = []
+    for path in paths:
+        (snapshots if path != "-" and is_snapshot_file(path) else logs).append(path)
+    for found, what in ((logs, "logs"), (snapshots, "snapshots")):
+        if len(found) > 1:
+            raise InputError(f"{found[0]} and {found[1]} are two {what}", "give one log, one snapshot, or one of each")
+    return next(iter(logs), None), next(iter(snapshots), None)
 
 
 def _run_and_card(
@@ -56,7 +78,7 @@ def _run_and_card(
     """The run and the card, from --run or --model and --gpu, else from the run folder."""
     flags = [param for param in ctx.command.params if getattr(param, "section", "") not in ("Output", "Card")]
     given = build.given(ctx, tuple(param.name or "" for param in flags))
-    shaping = [name for name in given if name not in ("path", "run_file", "model")]
+    shaping = [name for name in given if name not in ("paths", "run_file", "model")]
     card = build.card(params["gpu"]) if params["gpu"] else None
     if params["run_file"] and params["model"]:
         raise InputError("--run and --model both say what ran", "give one of the two")
@@ -86,15 +108,17 @@ def stored_run(path: Path) -> tuple[RunSpec, GpuProfile | None]:
     return decode(data, RunSpec, where=str(path)), None
 
 
-def diagnosed(evidence: OomEvidence, run: RunSpec | None, card: GpuProfile | None) -> Diagnosis:
+def diagnosed(
+    evidence: OomEvidence, run: RunSpec | None, card: GpuProfile | None, holdings: Holdings | None = None
+) -> Diagnosis:
     """The diagnosis. A run that cannot be estimated is left out, with a note."""
     from vramplan.core.diagnose import diagnose
 
     try:
-        return diagnose(evidence, _model(run), run, card, _known(evidence, run))
+        return diagnose(evidence, _model(run), run, card, holdings, _known(evidence, run))
     except (Unplannable, VramplanError) as error:
         build.note(f"{error.message}: diagnosed from the report alone")
-        return diagnose(evidence, gpu=card, known=_known(evidence, None))
+        return diagnose(evidence, gpu=card, holdings=holdings, known=_known(evidence, None))
 
 
 def show(
@@ -104,9 +128,10 @@ def show(
     *,
     as_json: bool = False,
     width: int | None = None,
+    holdings: Holdings | None = None,
 ) -> Diagnosis:
     """Diagnose and print."""
-    diagnosis = diagnosed(evidence, run, card)
+    diagnosis = diagnosed(evidence, run, card, holdings)
     if as_json:
         from vramplan.sources.records import encode
 
@@ -114,6 +139,11 @@ def show(
     else:
         from vramplan.report.diagnose import show_diagnosis
 
+        if holdings is not None:
+            from vramplan.report.holdings import show_holdings
+
+            show_holdings(sys.stdout, holdings, evidence.requested_bytes, width=width)
+            click.echo()
         show_diagnosis(sys.stdout, diagnosis, width=width)
     return diagnosis
 
@@ -137,6 +167,49 @@ def keep(diagnosis: Diagnosis, folder: Path) -> None:
     write_json(folder / DIAGNOSIS, diagnosis)
 
 
+def show_snapshot(
+    path: str,
+    report: OomEvidence | None,
+    run: RunSpec | None,
+    card: GpuProfile | None,
+    *,
+    as_json: bool = False,
+    width: int | None = None,
+) -> None:
+    """The holders of a snapshot, then the diagnosis of its out-of-memory event, or of the log's report if there is one:
+    the report's numbers come first, the snapshot adds what it does not say."""
+    from vramplan.core.holdings import evidence_of, holdings
+    from vramplan.sources.pickle_guard import uncollected
+    from vramplan.sources.snapshot import read_snapshot
+
+    with uncollected():
+        snapshot = read_snapshot(path)
+        held = holdings(snapshot)
+    evidence = evidence_of(snapshot, held)
+    if report is not None:
+        evidence = _joined(report, evidence)
+    if evidence is not None:
+        show(evidence, run, card, as_json=as_json, width=width, holdings=held)
+        return
+    if not as_json:
+        from vramplan.report.holdings import show_holdings
+
+        show_holdings(sys.stdout, held, width=width)
+    _say_nothing_found(path, as_json=as_json, holdings=held)
+
+
+def _joined(report: OomEvidence, other: OomEvidence | None) -> OomEvidence:
+    """The report with what only the snapshot knows. Two that ask for different sizes are two events."""
+    if other is None or report.kind != "torch":
+        return report
+    missing = {
+        name: getattr(other, name)
+        for name in ("requested_bytes", "allocated_bytes", "reserved_unallocated_bytes", "free_bytes", "frames")
+        if not getattr(report, name) and getattr(other, name)
+    }
+    return replace(report, **missing)
+
+
 def _model(run: RunSpec | None) -> ModelSpec | None:
     if run is None:
         return None
@@ -150,10 +223,15 @@ def _model(run: RunSpec | None) -> ModelSpec | None:
         return replace(load_model(run.model_path, trust_remote_code=run.trust_remote_code), name=run.model)
 
 
-def _say_nothing_found(where: str, *, as_json: bool) -> None:
+def _say_nothing_found(where: str, *, as_json: bool, holdings: Holdings | None = None) -> None:
     text = NOT_FOUND.format(where)
     if as_json:
         nothing: dict[str, Any] = {"evidence": None, "causes": [], "cause_keys": [], "fixes": []}
+        if holdings is not None:
+            from vramplan.sources.records import encode
+
+            body = encode(holdings)
+            nothing["holdings"] = {key: body[key] for key in body if key not in ("schema_version", "type")}
         print_json({"schema_version": SCHEMA_VERSION, "type": "Diagnosis", **nothing})
         build.note(text)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .inverse import NOTHING, Known
-from .types import Fix, GpuProcess, GpuProfile, Ledger, ModelSpec, OomEvidence, RunSpec
+from .types import Fix, GpuProcess, GpuProfile, Holdings, Ledger, ModelSpec, OomEvidence, RunSpec
 
 
 @dataclass(slots=True)
@@ -26,3 +26,4 @@ class Case:
     others: tuple[GpuProcess, ...] = ()
     others_bytes: int = 0
     budget_bytes: int | None = None
+    holdings: Holdings | None = None

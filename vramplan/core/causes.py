@@ -166,6 +166,8 @@ def free_but_refused(case: Case) -> Iterator[Finding]:
         return
     if evidence.total_bytes is not None and asked > evidence.total_bytes:
         return
+    if "per_process_memory_fraction" in evidence.message:  # PyTorch refused, not the driver
+        return
     yield Finding(
         "refused",
         55,

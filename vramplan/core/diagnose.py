@@ -1,7 +1,7 @@
 """Why a run went out of memory, and what would fix it: evidence and ledger -> causes with numbers, priced fixes.
 
 Works with whatever there is: the text alone gives causes; with the run, the requested size is matched against the
-tensors of the played step and every fix is estimated in full.
+tensors of the played step and every fix is estimated in full; with a snapshot, the holders are known.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from .case import Case
 from .causes import TEXT_RULES, Finding, full
 from .inverse import NOTHING, Known
-from .types import Diagnosis, Fix, GpuProfile, ModelSpec, OomEvidence, RunSpec
+from .types import Diagnosis, Fix, GpuProfile, Holdings, ModelSpec, OomEvidence, RunSpec
 from .units import GIB, MIB, human
 
 OWN_EXTRA_BYTES = 3 * GIB  # context and libraries: what a process may hold beside PyTorch's memory
@@ -24,13 +24,15 @@ def diagnose(
     model: ModelSpec | None = None,
     run: RunSpec | None = None,
     gpu: GpuProfile | None = None,
+    holdings: Holdings | None = None,
     known: Known = NOTHING,
 ) -> Diagnosis:
-    """Causes, likeliest first, and fixes, best first. `known`: of models, to tell shapes by where there is no run.
+    """Causes, likeliest first, and fixes, best first. `holdings`: of a memory snapshot; `known`: of models, to tell
+    shapes by where there is no run.
 
     Raises Unplannable if the run cannot be estimated.
     """
-    case = Case(evidence, model, run, gpu or UNKNOWN_CARD, gpu is not None, known)
+    case = Case(evidence, model, run, gpu or UNKNOWN_CARD, gpu is not None, known, holdings=holdings)
     _share_out(case)
     case.budget_bytes = budget(case)
     pricer = None
@@ -49,6 +51,10 @@ def diagnose(
         from .run_causes import RUN_RULES
 
         findings += [finding for rule in RUN_RULES for finding in rule(case)]
+    if holdings is not None:
+        from .holding_causes import HOLDING_RULES
+
+        findings += [finding for held in HOLDING_RULES for finding in held(case, holdings)]
     if all(finding.score < FAINT for finding in findings):
         findings += full(case)
     findings = ranked(findings)
@@ -62,6 +68,7 @@ def diagnose(
         more=tuple(_more(case)),
         predicted_bytes=case.ledger.peak.device_bytes if case.ledger else None,
         budget_bytes=case.budget_bytes,
+        holdings=holdings,
     )
 
 

@@ -756,11 +756,61 @@ class Fix(Value):
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
+class Held(Value):
+    """What one holder has of a snapshot's memory; `key` is a ledger line's where there is one.
+
+    `bytes` at the snapshot's moment, `peak_bytes` at the highest point of its trace; `where` is the frame that holds
+    most of it.
+    """
+
+    key: str
+    label: str
+    group: str
+    bytes: int
+    peak_bytes: int = 0
+    tensors: int = 0
+    where: str = ""
+
+
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
+class Growth(Value):
+    """Memory that was more at each start of a step than at the one before. `bytes` per step; `key` holds most of it."""
+
+    steps: int
+    bytes: int
+    key: str
+    where: str
+
+
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
+class Holdings(Value):
+    """A memory snapshot of PyTorch: who holds what, when memory ran out or, if it did not, when it was taken.
+
+    `layer_bytes` are what each decoder layer has saved in the forward, where that can be told. `largest_free_bytes` is
+    the largest piece that the allocator could have handed out. Replayed numbers count each tensor rounded up to 512.
+    """
+
+    moment: str  # oom | now
+    device: int
+    allocated_bytes: int
+    reserved_bytes: int
+    largest_free_bytes: int
+    private_pools_bytes: int
+    holders: tuple[Held, ...]
+    layer_bytes: tuple[int, ...] = ()
+    events: int = 0
+    peak_bytes: int | None = None  # None: no trace was recorded
+    peak_where: str = ""
+    growth: Growth | None = None
+
+
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Diagnosis(Value):
     """What happened, why (likeliest first), what to change (best first).
 
     `causes` are sentences, `cause_keys` the rule behind each; `more` says what else would help. `predicted_bytes` is
-    the ledger's device bytes of the run as it was, `budget_bytes` what `fits` was held against.
+    the ledger's device bytes of the run as it was, `budget_bytes` what `fits` was held against; `holdings` who held the
+    memory, from a snapshot.
     """
 
     evidence: OomEvidence
@@ -770,6 +820,7 @@ class Diagnosis(Value):
     more: tuple[str, ...] = ()
     predicted_bytes: int | None = None
     budget_bytes: int | None = None
+    holdings: Holdings | None = None
 
 
 # ------------------------------------------------------------------------------------- what would go wrong

@@ -120,7 +120,9 @@ def _blocks(stream: IO[bytes] | IO[str]) -> Iterator[bytes]:
 def refuse_snapshot(head: bytes) -> None:
     """InputError for a pickle or a compressed file by its first bytes."""
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        raise InputError("memory snapshots are not in this version", "give the log or the traceback instead")
+        raise InputError(
+            "this is a memory snapshot or another pickle, not a log", "give the snapshot's path, not stdin"
+        )
     if head[:4] in (b"PK\x03\x04", b"\x1f\x8b\x08\x00", b"\x1f\x8b\x08\x08", b"\x28\xb5\x2f\xfd"):
         raise InputError("compressed files are not in this version", "unpack it and give the log")
 
