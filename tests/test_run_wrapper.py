@@ -78,6 +78,23 @@ def test_lack_of_memory_is_diagnosed_and_kept(script: Any, capsys: pytest.Captur
     assert kept["evidence"]["requested_bytes"] == 2 * 2**30 and kept["causes"]
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_snapshot_is_read_with_the_log(
+    script: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, whole: bool
+) -> None:
+    import pickle
+
+    from snapshot_tools import out_of_memory
+
+    (tmp_path / "made.pickle").write_bytes(pickle.dumps(out_of_memory().snapshot()) if whole else b"\x80\x04no pickle")
+    copy = "import os, shutil; shutil.copy('made.pickle', os.environ['VRAMPLAN_SNAPSHOT_DIR'] + '/oom-1.pickle')"
+    assert run_cli(["run", "-o", "kept", "--", *script(f"{copy}\nraise SystemExit({OOM!r})")]) == 4
+    kept = json.loads((tmp_path / "kept" / "diagnosis.json").read_text())
+    captured = capsys.readouterr()
+    assert (kept["holdings"] is not None) == whole == ("the snapshot is left out" not in captured.err)
+    assert "Why, likeliest first" in captured.out
+
+
 def test_a_lack_of_memory_that_was_survived_is_no_end(script: Any, tmp_path: Path) -> None:
     assert run_cli(["run", "-o", "kept", "--", *script(f"print({OOM!r})")]) == 0
     assert not (tmp_path / "kept" / "diagnosis.json").exists()

@@ -175,7 +175,7 @@ def show_snapshot(
     *,
     as_json: bool = False,
     width: int | None = None,
-) -> None:
+) -> Diagnosis | None:
     """The holders of a snapshot, then the diagnosis of its out-of-memory event, or of the log's report if there is one:
     the report's numbers come first, the snapshot adds what it does not say."""
     from vramplan.core.holdings import evidence_of, holdings
@@ -189,13 +189,13 @@ def show_snapshot(
     if report is not None:
         evidence = _joined(report, evidence)
     if evidence is not None:
-        show(evidence, run, card, as_json=as_json, width=width, holdings=held)
-        return
+        return show(evidence, run, card, as_json=as_json, width=width, holdings=held)
     if not as_json:
         from vramplan.report.holdings import show_holdings
 
         show_holdings(sys.stdout, held, width=width)
     _say_nothing_found(path, as_json=as_json, holdings=held)
+    return None
 
 
 def _joined(report: OomEvidence, other: OomEvidence | None) -> OomEvidence:

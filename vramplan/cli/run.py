@@ -40,7 +40,7 @@ def command(words: tuple[str, ...], **params: Any) -> int:
     folder = _folder(params["output"], given)
     wrapped = wrap(given, folder, snapshot=params["snapshot"], every_s=params["every"])
     _say(wrapped, folder)
-    if wrapped.exit_code == OK or not _diagnosed(folder, run, card, params["width"]):
+    if wrapped.exit_code == OK or not _diagnosed(wrapped, folder, run, card, params["width"]):
         return wrapped.exit_code
     return ENDED_IN_OOM
 
@@ -78,16 +78,22 @@ def _say(wrapped: Any, folder: Path) -> None:
         build.note(f"memory snapshot: {path}")
 
 
-def _diagnosed(folder: Path, run: Any, card: Any, width: int | None) -> bool:
+def _diagnosed(wrapped: Any, folder: Path, run: Any, card: Any, width: int | None) -> bool:
     """Whether the log tells of a lack of memory; then the diagnosis is printed and kept in the folder."""
-    from vramplan.cli.diagnose import keep, show
+    from vramplan.cli.diagnose import keep, show, show_snapshot
     from vramplan.sources.oom_text import read_run_evidence
 
     evidence = read_run_evidence(folder)
     if evidence is None:
         return False
+    diagnosis = None
+    for path in sorted(wrapped.snapshots, key=lambda path: -path.stat().st_mtime)[:1]:
+        try:
+            diagnosis = show_snapshot(str(path), evidence, run, card, width=width)
+        except VramplanError as error:
+            build.warn(f"the snapshot is left out: {error.message}")
     try:
-        keep(show(evidence, run, card, width=width), folder)
+        keep(diagnosis or show(evidence, run, card, width=width), folder)
     except VramplanError as error:  # an explanation that fails must not change how the run ended
         build.warn(error.message)
     sys.stdout.flush()
