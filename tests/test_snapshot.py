@@ -494,6 +494,21 @@ def test_golden(name: str, width: int, tmp_path: Path, capsys: pytest.CaptureFix
     assert max(map(len, out.splitlines())) <= width
 
 
+@pytest.mark.parametrize("width", [80, 99, 100, 110, 140])
+def test_holders_are_named_whole_at_any_width(width: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a table is too wide for the place of the allocation, that is what is cut."""
+    recorder = training(3)
+    path = tmp_path / "a.json"
+    recorder.alloc(
+        300 * MIB, (*LOSS[:-1], ("/x/functional_with_a_long_name.py", 3500, "a_function_with_a_long_name" * 2))
+    )
+    path.write_text(json.dumps(recorder.snapshot()))
+    _, out, _ = called(capsys, path, "--width", width)
+    assert "saved by LoRA in the layers" in out or "weights" in out
+    table = out.split("held by")[1].split("Reserved, not")[0].splitlines()[2:]
+    assert table and not any("\u2026 " in line.rstrip() for line in table)
+
+
 def test_json_is_the_same_from_both_kinds(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = file.with_name("no-suffix")  # known by what is in it
     other.write_text(json.dumps(out_of_memory().snapshot()))

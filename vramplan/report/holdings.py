@@ -21,7 +21,8 @@ def show_holdings(stream: TextIO, held: Holdings, asked: int | None = None, *, w
     screen.print(Text(headline(held)))
     if held.holders:
         screen.print()
-        tables.put(screen, holders_table(screen, held))
+        table = holders_table(screen, held)
+        tables.put(screen, table, len(table.columns) - 1 if screen.width >= tables.WIDE else 0)
     screen.print()
     for text in remarks(held, asked):
         tables.sentence(screen, text)
