@@ -492,7 +492,7 @@ def test_help_and_version(cli: Cli) -> None:
 
 def test_every_command_takes_json() -> None:
     context = click.Context(root)
-    for name in COMMANDS:
+    for name in COMMANDS.keys() - {"run"}:  # its stdout is that of the command it runs; it leaves JSON files
         command = root.get_command(context, name)
         assert command is not None
         assert any("--json" in param.opts for param in command.params), name
