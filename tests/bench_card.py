@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -20,6 +21,8 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as `train` does, before torch
 
 import torch
 from bitsandbytes.optim import PagedAdamW8bit
@@ -264,6 +267,7 @@ def main() -> None:
         {shape_of(r) for r in map(json.loads, options.write.read_text().splitlines())} if options.write.exists() else ()
     )
     about = {"gpu": gpu.name, "driver": gpu.driver, "python": platform.python_version()}
+    about["allocator"] = os.environ["PYTORCH_CUDA_ALLOC_CONF"]
     about["versions"] = {
         name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
     }
