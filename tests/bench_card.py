@@ -43,7 +43,7 @@ from vramplan.train.outcome import first_line, is_out_of_memory
 from vramplan.train.pressure import let_go
 from vramplan.train.trainer import every_row, fused_loss, labelled_rows, trained_parameters
 
-STEPS, SWEPT_STEPS, WARM = 20, 6, 3  # the first WARM steps are not timed: the second shape's graph is made in them
+STEPS, SWEPT_STEPS, WARM = 20, 8, 3  # the first WARM steps are not timed: the second shape's graph is made in them
 FEW_MICRO_STEPS = 2  # of a step with more: the others are like the second
 Row = dict[str, Any]
 
