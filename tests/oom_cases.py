@@ -306,7 +306,7 @@ def sequence() -> Iterator[Case]:
 
 def absurd() -> Iterator[Case]:
     """One tensor that no card of this size can hold; no cap."""
-    rows = [("llama-3.2-1b", 2, stock(2, 65536, attention="eager")),
+    rows = [("llama-3.2-1b", 2, stock(3, 32768, attention="eager")),
             ("qwen2.5-1.5b", 2, stock(4, 32768, attention="eager", driver="loop")),
             ("llama-3.2-1b", 1, stock(180, 4096))]  # fmt: skip
     return _named("larger_than_card", rows, lambda name, model, layers, run: Case(
