@@ -225,7 +225,7 @@ def with_loop(job: Job) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        print({"loss": float(loss)}, flush=True)
+        print({"loss": float(loss.detach())}, flush=True)
         del loss
     finish(job, model)
 
