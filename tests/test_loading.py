@@ -10,7 +10,7 @@ from measured import MIB, h200, model, rows
 from vramplan.core.allocator import Native
 from vramplan.core.expandable import allocator
 from vramplan.core.ledger import estimate, simulate
-from vramplan.core.loading import Loader
+from vramplan.core.loading import Loader, warmup_bytes
 from vramplan.core.room import judge
 from vramplan.core.types import Ledger, Levers, Lora, RunSpec
 
@@ -72,12 +72,13 @@ def test_the_warm_up_takes_half_a_byte_a_quantised_weight_and_two_for_the_rest()
     spec = model("llama-3.1-8b")
     linears = spec.num_layers * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     rest = 2 * 128256 * 4096 + (2 * spec.num_layers + 1) * 4096
-    assert Loader(Native(), spec, double_quant=True).warmup_bytes() == linears // 2 + 2 * rest
+    assert warmup_bytes(spec) == linears // 2 + 2 * rest
+    assert warmup_bytes(spec, 4) == linears // 2 + 4 * rest  # a base in float32
 
 
 def test_a_tied_head_is_warmed_up_for_once():
     untied = replace(model("qwen2.5-0.5b"), tie_word_embeddings=False)
-    both = [Loader(Native(), spec, True).warmup_bytes() for spec in (model("qwen2.5-0.5b"), untied)]
+    both = [warmup_bytes(spec) for spec in (model("qwen2.5-0.5b"), untied)]
     assert both[1] - both[0] == 2 * untied.vocab_size * untied.hidden_size
 
 

@@ -17,6 +17,7 @@ ROUNDING_BYTES = 32 * MIB  # the text's numbers have two digits
 HIDDEN_BYTES = 512 * MIB  # less than this beside our process is rounding and the driver
 UNKNOWN_CARD = GpuProfile(key="generic", name="a card", total_bytes=0, usable_bytes=0)
 FAINT = 45  # a cause below this score does not explain a full card alone
+FAINTEST = 19  # where the run is known, whatever takes more than a little of it does
 
 
 def diagnose(
@@ -49,17 +50,21 @@ def diagnose(
     findings = [finding for rule in TEXT_RULES for finding in rule(case)]
     if case.ledger is not None:
         from .run_causes import RUN_RULES
+        from .script_causes import SCRIPT_RULES, symptoms
 
-        findings += [finding for rule in RUN_RULES for finding in rule(case)]
+        findings += [finding for rule in (*RUN_RULES, *SCRIPT_RULES) for finding in rule(case)]
     if holdings is not None:
         from .holding_causes import HOLDING_RULES
 
         findings += [finding for held in HOLDING_RULES for finding in held(case, holdings)]
-    if all(finding.score < FAINT for finding in findings):
+    if all(finding.score < (FAINT if case.ledger is None else FAINTEST) for finding in findings):
         findings += full(case)
     findings = ranked(findings)
+    if case.ledger is not None:
+        findings = ranked(symptoms(case, findings))
     if pricer is not None:
-        case.fixes = (*_alone(case), *pricer.ranked(case.fixes, findings[0].key))
+        key = findings[0].key
+        case.fixes = (*_alone(case), *_as_described(case, key), *pricer.ranked(case.fixes, key))
     return Diagnosis(
         evidence=evidence,
         causes=tuple(finding.text for finding in findings),
@@ -93,6 +98,19 @@ def _alone(case: Case) -> tuple[Fix, ...]:
     from .fixes import command
 
     title = f"the same run, with the {human(case.others_bytes)} of others freed"
+    return (Fix(title=title, run=ledger.run, device_bytes=need, saves_bytes=0, fits=True, command=command(ledger.run)),)
+
+
+def _as_described(case: Case, key: str) -> tuple[Fix, ...]:
+    """The run itself, where it would have fitted had the script done what was said of it."""
+    from .script_causes import remedied
+
+    ledger, title = case.ledger, remedied(case, key)
+    if ledger is None or title is None:
+        return ()
+    from .fixes import command
+
+    need = ledger.peak.device_bytes
     return (Fix(title=title, run=ledger.run, device_bytes=need, saves_bytes=0, fits=True, command=command(ledger.run)),)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 
 from .allocator import BITS, GRANULE, MASK, Native, Pool
+from .types import Unplannable
 
 _RANGE = 1 << (BITS - 1)  # address space of a pool, in units: 4 TiB
 
@@ -63,7 +64,10 @@ class ExpandablePool(Pool):
                 at += length
             else:
                 return begin
-        raise AssertionError("the address space of a pool has run out")
+        raise Unplannable(
+            f"the run takes more than the {_RANGE * GRANULE >> 40} TiB of addresses that are played",
+            "no card is near that: is a shape wrong?",
+        )
 
     def _map(self, address: int, size: int) -> int:
         """Map pages for up to `size` units at the beginning of an unmapped stretch; returns how much."""

@@ -68,7 +68,8 @@ class Pricer:
         return tuple(found)
 
     def ranked(self, fixes: tuple[Fix, ...], cause: str) -> tuple[Fix, ...]:
-        """Training unchanged first, then what fits with room, then what removes this cause, then what costs least.
+        """What fits first, training unchanged before all else of it, then what fits with room, then what removes this
+        cause, then what costs least.
 
         Where nothing fits, or the run should have fitted as it was, the largest saving comes first.
         """
@@ -79,8 +80,8 @@ class Pricer:
             number, fix = numbered
             other = self.keys.get(fix.title) != cause
             if by_size or not fix.fits:
-                return fix.changes_training, not fix.fits, False, other and should_fit, -fix.saves_bytes
-            return fix.changes_training, False, fix.device_bytes > ROOMY * (self.budget or 0), other, number
+                return not fix.fits, fix.changes_training, False, other and should_fit, -fix.saves_bytes
+            return False, fix.changes_training, fix.device_bytes > ROOMY * (self.budget or 0), other, number
 
         return tuple(fix for _, fix in sorted(enumerate(fixes), key=rank))
 

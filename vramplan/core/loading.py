@@ -32,6 +32,17 @@ class Held(NamedTuple):
     reserved_bytes: int
 
 
+def warmup_bytes(spec: ModelSpec, width: int = 2) -> int:
+    """`get_total_byte_count`: half a byte for each weight to be quantised, `width` bytes for everything else."""
+    linears = arch.layer_linears(spec)
+    halves = sum(x.in_features * x.out_features * (1 if x.quantised else 2 * width) for x in linears)
+    halves += 2 * width * sum(elements for _, elements in arch.layer_vectors(spec))
+    halves *= spec.num_layers
+    halves += 2 * width * sum(elements for _, elements in arch.outer_vectors(spec))
+    halves += 2 * width * spec.vocab_size * spec.hidden_size * (1 if spec.tie_word_embeddings else 2)
+    return halves // 2
+
+
 class Loader:
     """Puts one model on the card and into `memory`.
 
@@ -76,7 +87,7 @@ class Loader:
             self.memory.empty_cache()
         else:
             if self.parts == 1:
-                self.memory.free(self.memory.malloc(self.warmup_bytes()))
+                self.memory.free(self.memory.malloc(warmup_bytes(self.spec)))
             self._head()
             self._embedding()
             self._layers_by_name()
@@ -86,17 +97,6 @@ class Loader:
         """The model and its adapter are gone; what they lay in stays cached."""
         self.memory.run([(key, 0, False) for key in self.live], 0, self.live)
         self.plain = []
-
-    def warmup_bytes(self) -> int:
-        """`get_total_byte_count`: half a byte for each weight to be quantised, two for everything else."""
-        spec = self.spec
-        linears = arch.layer_linears(spec)
-        halves = sum(x.in_features * x.out_features * (1 if x.quantised else 4) for x in linears)
-        halves += 4 * sum(elements for _, elements in arch.layer_vectors(spec))
-        halves *= spec.num_layers
-        halves += 4 * sum(elements for _, elements in arch.outer_vectors(spec))
-        halves += 4 * spec.vocab_size * spec.hidden_size * (1 if spec.tie_word_embeddings else 2)
-        return halves // 2
 
     # -------------------------------------------------------------------------------------- writing and running
     def _tensor(self, size: int) -> int:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .allocator import GRANULE, SMALL_REQUEST, SMALL_SEGMENT, segment_bytes
 from .causes import PROVEN, Finding, phase_of, telling
+from .fixes import LEAST_SEQ_LEN
 from .room import Quick, largest
 from .timeline import play
 from .units import GIB, MIB, human, round_up
@@ -58,14 +59,16 @@ def cause_of(match: Match, case: Case) -> str:
     if match.rows == run.micro_batch_size * model.num_heads * run.seq_len and match.columns == run.seq_len:
         return "eager_attention"
     if match.key.startswith("activations."):
-        return "checkpointing" if run.levers.checkpointing != "all" else "batch"
+        if run.levers.checkpointing != "all":
+            return "checkpointing"
+        return "batch" if run.micro_batch_size > 1 else "sequence"
     return "full"
 
 
 def requested(case: Case) -> Iterator[Finding]:
     """The tensor that was asked for."""
     phase = phase_of(case.evidence.frames)
-    order = ("logits", "eager_attention", "upcast", "checkpointing", "batch", "full")
+    order = ("logits", "eager_attention", "upcast", "checkpointing", "batch", "sequence", "full")
     wanted = {"loss": "logits", "eager": "eager_attention", "prepare": "upcast"}.get(phase or "")
     by_cause: dict[str, list[Match]] = {}
     for match in matches(case):
@@ -79,7 +82,7 @@ def requested(case: Case) -> Iterator[Finding]:
     text = f"The {human(asked)} asked for is a tensor [{one.rows} x {one.columns}] of {one.dtype}: {one.name}"
     names = list(dict.fromkeys(match.name for match in found))
     text += f" or {names[1]}" if len(names) > 1 else ""
-    yield Finding(cause, {"batch": 40, "full": 12, "checkpointing": 50}.get(cause, 60), text + ".")
+    yield Finding(cause, {"batch": 40, "sequence": 40, "full": 12, "checkpointing": 50}.get(cause, 60), text + ".")
 
 
 # cause -> what it costs, where the run and the ledger are known
@@ -108,6 +111,19 @@ def consumers(case: Case) -> Iterator[Finding]:
         if key in COSTS and saved > max(0.01 * need, 16 * MIB):
             weight = {"batch": 30, "fragmentation": 30}.get(key, 60)
             yield Finding(key, 15 + int(weight * min(saved / need, 1)), COSTS[key].format(saved=human(saved), **values))
+
+
+def one_sequence(case: Case) -> Iterator[Finding]:
+    """With one row a micro-batch, its length is what is left."""
+    if case.ledger is None or case.run is None or case.model is None or case.run.micro_batch_size > 1:
+        return
+    run, need = case.run, case.ledger.peak.device_bytes
+    if case.budget_bytes is None or need <= case.budget_bytes or run.seq_len < 2 * LEAST_SEQ_LEN:
+        return
+    saved = need - Quick(case.model).bytes(replace(run, seq_len=run.seq_len // 2), case.card)
+    if saved > 0.1 * need:
+        text = f"The sequence is long: {run.seq_len:,} tokens in one row cost {human(saved)} more than half as many."
+        yield Finding("sequence", 15 + int(30 * saved / need), text)
 
 
 def against_prediction(case: Case) -> Iterator[Finding]:
@@ -166,4 +182,6 @@ def too_large(case: Case) -> Iterator[Finding]:
         )
 
 
-RUN_RULES: tuple[Callable[[Case], Iterator[Finding]], ...] = (requested, consumers, against_prediction, too_large)
+RUN_RULES: tuple[Callable[[Case], Iterator[Finding]], ...] = (
+    requested, consumers, one_sequence, against_prediction, too_large,
+)  # fmt: skip
