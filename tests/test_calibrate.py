@@ -33,7 +33,7 @@ from vramplan.sources.profiles import load_gpu
 NAMES = tuple(LIMITS)
 NOW = {**VERSIONS, "driver": "580"}
 TRUE = SpeedFactors(
-    matmul_share=0.55, attention_share=0.35, bandwidth_share=0.6, launch_seconds=60e-6, graphed_seconds=9e-6
+    matmul_share=0.55, attention_share=0.35, bandwidth_share=0.6, launch_seconds=60e-6, begin_seconds=9e-6
 )
 
 
@@ -61,9 +61,9 @@ def off(found: SpeedFactors, true: SpeedFactors) -> dict[str, float]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.floats(0.3, 0.9), st.floats(0.4, 1.0), st.floats(2e-5, 9e-5), st.floats(5e-6, 2e-5))
-def test_known_factors_are_found_again(matmul: float, bandwidth: float, launch: float, graphed: float) -> None:
-    true = SpeedFactors(matmul_share=matmul, bandwidth_share=bandwidth, launch_seconds=launch, graphed_seconds=graphed)
+@given(st.floats(0.3, 0.9), st.floats(0.4, 1.0), st.floats(2e-5, 9e-5), st.floats(2e-6, 2e-5))
+def test_known_factors_are_found_again(matmul: float, bandwidth: float, launch: float, begin: float) -> None:
+    true = SpeedFactors(matmul_share=matmul, bandwidth_share=bandwidth, launch_seconds=launch, begin_seconds=begin)
     rows, known = timed("rtx-4090", true)
     found = fit_speed(rows, *known)
     assert mean_error(rows, found, *known) < 0.02
@@ -85,7 +85,7 @@ def test_one_wild_row_does_not_carry_the_others_away() -> None:
         spoilt = [replace_seconds(row, 3.0) if i == wild else row for i, row in enumerate(rows)]
         found = fit_speed(spoilt, *known)
         good = [row for i, row in enumerate(rows) if i != wild]
-        assert mean_error(good, found, *known) < 0.03  # with plain squares it is 0.1
+        assert mean_error(good, found, *known) < 0.05  # with plain squares it is 0.1
 
 
 def replace_seconds(row: Timed, factor: float) -> Timed:

@@ -276,6 +276,7 @@ LINK = GpuState(pcie_max_generation=4, pcie_max_width=16)
         (GpuState(ecc=True), "sixteenth"),
         (GpuState(ecc=True, mig_uuid="MIG-1"), ""),
         (GpuState(display_attached=True), "a display is attached"),
+        (GpuState(display_attached=True, display_active=False), ""),
         (GpuState(throttled_by=()), ""),
         (GpuState(throttled_by=("heat",), clock_mhz=900, max_clock_mhz=2100), "by heat, at 900 of 2,100 MHz"),
     ],

@@ -23,7 +23,7 @@ LIMITS = {
     "attention_share": (0.05, 1.0),
     "bandwidth_share": (0.05, 2.0),
     "launch_seconds": (2e-6, 1e-3),
-    "graphed_seconds": (1e-6, 1e-3),
+    "begin_seconds": (1e-7, 1e-4),
 }
 PRIOR = 1e-4  # weight of the default: it decides only what the measurements leave open
 ROBUST = 0.1  # an error of the logarithm beyond which a row pulls no harder

@@ -101,7 +101,8 @@ def _unnamed(card: GpuProfile) -> str:
 
 
 def _display(card: GpuProfile, state: GpuState) -> str:
-    if not (state.display_attached or state.display_active):
+    drawn = state.display_attached if state.display_active is None else state.display_active
+    if not drawn:  # a card of a data centre calls itself attached, and draws nothing
         return ""
     what = "a display is attached" if state.display_attached else "a screen is drawn on this card"
     drawing = [process for process in card.processes if process.graphics and process.used_bytes]

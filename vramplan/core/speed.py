@@ -1,8 +1,8 @@
 """Tokens per second, modelled: what the step has to do (`work.py`), over what the card can.
 
 Matrix products and attention each at a share of the card's dense bf16 rate, traffic at a share of its memory
-bandwidth, one after the other; and never faster than the processor can launch one kernel per tensor. The shares are
-the card's `SpeedFactors`: read off the rows of one card (docs/measurements) unless `vramplan calibrate` has measured
+bandwidth, and a little for each tensor's kernels to begin and end, one after the other; and never faster than the
+processor can launch them. The shares are the card's `SpeedFactors`: read off the rows of one card (docs/measurements) unless `vramplan calibrate` has measured
 them; treat the result as a guide, not a promise.
 
 Several cards work at the pace of one, wait for the sum of the gradients once per step (a ring: twice the bytes over the
@@ -28,8 +28,8 @@ def seconds_of(work: Work, speed: SpeedFactors, flops_per_s: int, bandwidth_byte
     busy = work.product_flops / (speed.matmul_share * flops_per_s)
     busy += work.attention_flops / (speed.attention_share * flops_per_s)
     busy += work.traffic_bytes / (speed.bandwidth_share * bandwidth_bytes_per_s)
-    each = speed.graphed_seconds if work.graphed else speed.launch_seconds
-    return max(busy, work.kernels * each)
+    busy += work.kernels * speed.begin_seconds
+    return busy if work.graphed else max(busy, work.kernels * speed.launch_seconds)
 
 
 def graphs_fit(device_bytes: int, gpu: GpuProfile) -> bool:

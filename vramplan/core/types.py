@@ -349,13 +349,14 @@ class GpuState(Value):
 class SpeedFactors(Value):
     """How much of its datasheet's rates a card reaches in a training step, and what starting a kernel takes."""
 
-    matmul_share: float = 0.73  # of the dense bf16 rate
-    attention_share: float = 0.44  # of the same
+    matmul_share: float = 0.725  # of the dense bf16 rate
+    attention_share: float = 0.42  # of the same
     bandwidth_share: float = 0.83
-    # Per tensor born: Python, dispatch and launch on one core, PEFT's wrappers included; or, where a micro-step of
-    # fused layers is started as one CUDA graph, what its smallest kernels take.
-    launch_seconds: float = 65e-6
-    graphed_seconds: float = 12e-6
+    # Per tensor born. On one core: Python, dispatch and launch, PEFT's wrappers included; nothing where a micro-step of
+    # fused layers is started as one CUDA graph. On the card, beside the work itself: its two or three kernels begin and
+    # end, and nothing else runs meanwhile.
+    launch_seconds: float = 66e-6
+    begin_seconds: float = 4.7e-6
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)

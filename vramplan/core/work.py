@@ -13,7 +13,7 @@ from .timeline import checkpoint_period
 from .types import ModelSpec, RunSpec
 from .unroll import Unrolled
 
-TOUCHES = 2  # a tensor is written once, and read once by what is no product
+OUTPUT_BYTES = 13  # modelled: moved for each element of a product's result, beyond the one write of a new tensor
 
 
 class Work(NamedTuple):
@@ -30,7 +30,7 @@ def work(model: ModelSpec, run: RunSpec, unrolled: Unrolled) -> Work:
     """The work of one micro-step, its share of the optimizer's step included."""
     born, kernels = unrolled.births()
     micro_steps = min(run.accumulation, 2)  # what was played
-    traffic = TOUCHES * born / micro_steps + operand_bytes(model, run)
+    traffic = born / micro_steps + OUTPUT_BYTES * product_outputs(model, run)
     return Work(product_flops(model, run), attention_flops(model, run), traffic, kernels / micro_steps,
                 graphed(model, run))  # fmt: skip
 
@@ -61,19 +61,9 @@ def attention_flops(model: ModelSpec, run: RunSpec) -> int:
     return run.micro_batch_size * run.seq_len * causal * (2 * forwards + 5 * model.num_layers) // 2
 
 
-def operand_bytes(model: ModelSpec, run: RunSpec) -> int:
-    """What products and the loss read, and write over, in bf16: results that are new tensors are left out.
-
-    A product with a frozen weight reads its input forward and its gradient backward. LoRA reads the input once more and
-    adds to the result; backward it reads the gradient twice, the input once, and adds to the input's gradient. The
-    loss reads the logits twice, and writes their gradient over them.
-    """
-    linears, adapted = arch.layer_linears(model), arch.lora_linears(model, run.lora)
-    forwards, tokens = model.num_layers + recomputed_layers(model, run), run.micro_batch_size * run.seq_len
-    ins, outs = sum(x.in_features for x in linears), sum(x.out_features for x in linears)
-    lora_ins, lora_outs = sum(x.in_features for x in adapted), sum(x.out_features for x in adapted)
-    forward, backward = ins + lora_ins + 2 * lora_outs, outs + 2 * lora_outs + 3 * lora_ins
-    head = model.hidden_size + 4 * model.vocab_size
-    weights = sum(x.in_features * x.out_features for x in linears) * (forwards + model.num_layers)
-    weights += 2 * model.vocab_size * model.hidden_size
-    return 2 * (tokens * (forwards * forward + model.num_layers * backward + head) + weights)
+def product_outputs(model: ModelSpec, run: RunSpec) -> int:
+    """Elements of all the results of the products with weights: the input's gradient is one, backward."""
+    linears = arch.layer_linears(model)
+    outs, ins = sum(x.out_features for x in linears), sum(x.in_features for x in linears)
+    layers = outs * (model.num_layers + recomputed_layers(model, run)) + ins * model.num_layers
+    return run.micro_batch_size * run.seq_len * (layers + model.vocab_size + model.hidden_size)

@@ -102,7 +102,7 @@ def calibration_table(screen: Console, found: Calibration) -> Table:
         ("attention, of the peak rate", f"{speed.attention_share:.0%}", f"{usual.attention_share:.0%}"),
         ("memory traffic, of the peak rate", f"{speed.bandwidth_share:.0%}", f"{usual.bandwidth_share:.0%}"),
         ("start of a kernel, us", f"{speed.launch_seconds * 1e6:.1f}", f"{usual.launch_seconds * 1e6:.1f}"),
-        ("the same in a CUDA graph, us", f"{speed.graphed_seconds * 1e6:.1f}", f"{usual.graphed_seconds * 1e6:.1f}"),
+        ("begin and end of it, us", f"{speed.begin_seconds * 1e6:.1f}", f"{usual.begin_seconds * 1e6:.1f}"),
     )
     for row in rows:
         table.add_row(*row)
