@@ -20,7 +20,7 @@ from .types import GpuProfile, Ledger, Passage, TensorKind, Timeline
 from .unroll import LAYER_SHIFT, Section, Unrolled
 
 OVERHEAD, TAILS_KEY = "overhead", "overhead.rounding"
-STACK = (*("weights", "optimizer", "adapter", "workspace", "activations", "loss"), OVERHEAD)  # from the bottom
+STACK = ("weights", "optimizer", "adapter", "activations", "loss", "workspace", OVERHEAD)  # from the bottom
 LOSS_SECTIONS = ("head", "autocast exit")  # of the forward
 
 
