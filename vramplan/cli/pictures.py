@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 import click
 
 from vramplan.cli import build
-from vramplan.core.types import GpuProfile, GpuVerdict, Ledger, Measurement, ModelSpec, RunSpec
-from vramplan.errors import InputError
+from vramplan.core.types import Diagnosis, GpuProfile, GpuVerdict, Ledger, Measurement, ModelSpec, RunSpec, Unplannable
+from vramplan.errors import InputError, VramplanError
 
 if TYPE_CHECKING:
     from vramplan.report.picture import Picture
 
 FILES = ("svg", "html")
 RECORDED = "measurement.jsonl"  # in a run folder
+REPORTED = "card in the report"
 SHAPE = (  # what of a run decides its step, as the user knows it
     "micro_batch_size", "seq_len", "lora", "double_quant", "levers", "driver", "padding", "packing", "gpus", "parallel",
 )  # fmt: skip
@@ -60,6 +61,7 @@ def draw(
     card: GpuProfile | None,
     verdicts: Sequence[GpuVerdict] = (),
     measurement: Measurement | None = None,
+    diagnosis: Diagnosis | None = None,
 ) -> None:
     """What `params` ask for, of this ledger, which was made for this card's chip."""
     if not wanted(params):
@@ -69,15 +71,45 @@ def draw(
 
     if params.get("measured"):
         measurement = _measured(params["measured"], ledger)
-    picture = Picture(
-        ledger=ledger, step=timeline(ledger, card), verdicts=tuple(verdicts), measurement=measurement
-    )  # fmt: skip
+    step = timeline(ledger, card)
+    picture = Picture(ledger=ledger, step=step, verdicts=tuple(verdicts), measurement=measurement, diagnosis=diagnosis)
     if params.get("timeline"):
         from vramplan.report.timeline import show_timeline
 
         click.echo()
         show_timeline(sys.stdout, picture, width=params["width"])
     _write(params, picture)
+
+
+def draw_run(
+    params: build.Params,
+    ledger: Ledger,
+    card: GpuProfile | None,
+    folder: Path | None,
+    diagnosis: Diagnosis | None = None,
+) -> None:
+    """A run that has ended, with what it has measured: what cannot be drawn does not change how it ended."""
+    from vramplan.sources.records import read_jsonl
+
+    try:
+        stored = folder / RECORDED if folder is not None else None
+        found = read_jsonl(stored, Measurement) if stored is not None and stored.is_file() else []
+        verdicts = judged(ledger, card, diagnosis.budget_bytes if diagnosis else None)
+        draw(params, ledger, card, verdicts, found[-1] if found else None, diagnosis)
+    except (Unplannable, VramplanError) as error:
+        build.warn(f"no picture of the run: {error.message}")
+
+
+def judged(ledger: Ledger, card: GpuProfile | None, budget_bytes: int | None = None) -> tuple[GpuVerdict, ...]:
+    """The run held against the one card, or against what a report says was there for it."""
+    from vramplan.core.room import judge
+
+    if budget_bytes is not None:
+        verdict = "fits" if ledger.peak.device_bytes <= budget_bytes else "does_not_fit"
+        return (GpuVerdict(gpu=card.key if card else REPORTED, usable_bytes=budget_bytes, verdict=verdict),)
+    if card is None:
+        return ()
+    return (GpuVerdict(gpu=card.key, usable_bytes=card.usable_bytes, verdict=judge(ledger, card)),)
 
 
 def _write(params: build.Params, picture: Picture) -> None:
@@ -98,7 +130,7 @@ def _write(params: build.Params, picture: Picture) -> None:
 # ------------------------------------------------------------------------------------------------------ measured
 def _measured(name: str, ledger: Ledger) -> Measurement:
     """The last measurement of this very step in a run folder or a file of `vramplan measure`. InputError if there is
-    none, with what the last one differs in."""
+    none, with what the nearest differs in."""
     from vramplan.sources.records import read_json, read_jsonl
 
     path = Path(name).expanduser()
@@ -114,11 +146,10 @@ def _measured(name: str, ledger: Ledger) -> Measurement:
         stored = folder / "prediction.json"
         predicted = read_json(stored, Ledger) if stored.is_file() else None
         found = [replace(found[-1], prediction=predicted)]
-    differ: list[str] = []
-    for measurement in reversed(found):
-        differ = differences(measurement.prediction, ledger)
-        if not differ:
-            return measurement
+    differing = [(differences(measurement.prediction, ledger), measurement) for measurement in reversed(found)]
+    differ, nearest = min(differing, key=lambda item: len(item[0]))
+    if not differ:
+        return nearest
     raise InputError(
         f"--measured {name} is of another run: {', '.join(differ)} differ{'s' if len(differ) == 1 else ''}",
         "give the flags with which it ran",

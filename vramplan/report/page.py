@@ -32,13 +32,14 @@ LIBRARY, LIBRARY_STYLE, LIBRARY_LICENCE = "uPlot.iife.min.js", "uPlot.min.css", 
 POLICY = (
     "default-src 'none'; script-src {scripts}; style-src {style}; img-src data:; base-uri 'none'; form-action 'none'"
 )
+SHOWN_FIXES = 8
 Cell = tuple[str, int | None, str]  # text, what it is sorted by, class
 
 
 def page(picture: Picture) -> str:
     """The whole file."""
     ledger = picture.ledger
-    said, verdict = headline(ledger, picture.verdicts)
+    said, verdict = _headline(picture)
     library = f"/*\nuPlot {_static(LIBRARY_LICENCE)}*/\n{_static(LIBRARY)}"
     script, style = _static("page.js"), _static(LIBRARY_STYLE) + "\n" + _static("page.css")
     policy = POLICY.format(scripts=f"{_hash(library)} {_hash(script)}", style=_hash(style))
@@ -50,6 +51,7 @@ def page(picture: Picture) -> str:
         headline=_safe(said),
         asked=_safe(run_line(ledger)),
         notes=_safe(" ".join(text for text in (_cut(picture), shared.micro_steps(picture)) if text)),
+        diagnosis=_diagnosis(picture),
         cards=_cards(picture),
         measured=_measured(picture),
         ledger=_ledger(ledger),
@@ -58,6 +60,15 @@ def page(picture: Picture) -> str:
         style=style,
         script=script,
     )
+
+
+def _headline(picture: Picture) -> tuple[str, str]:
+    """The sentence at the top, and the verdict that colours it."""
+    if picture.diagnosis is None:
+        return headline(picture.ledger, picture.verdicts)
+    need, budget = human(picture.ledger.peak.device_bytes), picture.diagnosis.budget_bytes
+    there = "" if budget is None else f", and {human(budget)} were there for it"
+    return f"Out of memory: this run needs {need}{there}.", "does_not_fit"
 
 
 def _static(name: str) -> str:
@@ -145,6 +156,26 @@ def _cards(picture: Picture) -> str:
         ))  # fmt: skip
     heads = (("card", ""), ("usable", "n"), ("verdict", ""), ("to spare", "n"))
     return _section("Cards", _table(heads, rows, "usable", "ascending"))
+
+
+def _diagnosis(picture: Picture) -> str:
+    """Why the run ended out of memory, and what would change that."""
+    found = picture.diagnosis
+    if found is None:
+        return ""
+    causes = "".join(f"<li>{_safe(text)}</li>" for text in found.causes)
+    rows: list[Sequence[Cell]] = []
+    for fix in found.fixes[:SHOWN_FIXES]:
+        verdict = "" if fix.fits is None else "fits" if fix.fits else "does_not_fit"
+        rows.append((
+            (fix.title + (" (changes what is trained)" if fix.changes_training else ""), None, ""),
+            (human(fix.saves_bytes), None, "n"),
+            (human(fix.device_bytes), None, "n"),
+            (VERDICT_WORDS.get(verdict, ""), None, verdict),
+        ))  # fmt: skip
+    heads = (("what to change", ""), ("saves", "n"), ("then needs", "n"), ("verdict", ""))
+    table = _plain_table(heads, rows) if rows else ""
+    return _section("Diagnosis", f"<p>{_safe(found.evidence.message)}</p><ol>{causes}</ol>{table}")
 
 
 def _measured(picture: Picture) -> str:

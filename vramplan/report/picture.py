@@ -8,7 +8,7 @@ from math import floor, log10
 
 from vramplan.core import curve
 from vramplan.core.curve import Levels, Stretch
-from vramplan.core.types import GpuVerdict, Ledger, Measurement, Timeline
+from vramplan.core.types import Diagnosis, GpuVerdict, Ledger, Measurement, Timeline
 from vramplan.report.tables import GROUP_COLOURS
 
 COLOURS = {**GROUP_COLOURS, "workspace": "#F0E442"}  # Okabe and Ito's too; too light for the words of a table
@@ -20,12 +20,13 @@ MEASURED_AS = {"loss": "forward"}  # phases of the picture -> of a measurement
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Picture:
-    """One step, the cards it is held against, and what was measured of it."""
+    """One step, the cards it is held against, what was measured of it, and why it ended."""
 
     ledger: Ledger
     step: Timeline
     verdicts: tuple[GpuVerdict, ...] = ()
     measurement: Measurement | None = None
+    diagnosis: Diagnosis | None = None  # of its end out of memory
 
 
 def ascending(verdicts: Sequence[GpuVerdict]) -> list[GpuVerdict]:
