@@ -20,6 +20,7 @@ from test_pictures import RUNS, make_picture
 from vramplan.core import curve
 from vramplan.core.types import Timeline
 from vramplan.core.units import human
+from vramplan.report import page as page_module
 from vramplan.report.page import page, page_data
 from vramplan.report.rows import group_of
 
@@ -263,3 +264,11 @@ def test_what_was_measured_stands_beside_it(browser: Any, tmp_path: Path) -> Non
     opened(browser, tmp_path, "accumulated")
     table = text(browser, "section[aria-labelledby=measured-title]")
     assert "forward" in table and "+3.0 MiB" in table
+
+
+def test_the_library_is_the_one_that_the_notice_names() -> None:
+    static = Path(page_module.__file__).parent / "static"
+    notice = re.search(r"uPlot ([\d.]+) from npm", Path(page_module.__file__).read_text(encoding="utf-8"))
+    assert notice is not None
+    assert f"uPlot (v{notice[1]})" in (static / "uPlot.iife.min.js").read_text(encoding="utf-8")
+    assert "MIT License" in (static / "uPlot.LICENSE").read_text(encoding="utf-8")

@@ -13,8 +13,10 @@ import pytest
 from test_report import Terminal
 
 from vramplan.core import curve
+from vramplan.core.capacity import capacity
 from vramplan.core.ledger import estimate
 from vramplan.core.recipes import RECIPES
+from vramplan.core.sizes import Sizes
 from vramplan.core.types import GpuVerdict, MeasuredPhase, Measurement, RunSpec
 from vramplan.core.units import GIB
 from vramplan.report import picture as shared
@@ -23,6 +25,7 @@ from vramplan.report.picture import Picture
 from vramplan.report.svg import svg
 from vramplan.report.timeline import CELLS, show_timeline
 from vramplan.sources.hf_config import load_model
+from vramplan.sources.profiles import load_gpu
 
 GOLDEN = Path(__file__).parent / "golden"
 RUNS = {
@@ -185,3 +188,24 @@ def test_a_picture_is_small_and_holds_every_word_as_text() -> None:
 def test_cards_are_drawn_or_named() -> None:
     words = svg(make_picture("lean"))
     assert "rtx-4060: 7.62 GiB usable<" in words and "rtx-4090: 23.52 GiB usable, above the picture" in words
+
+
+def test_the_picture_of_the_readme_is_drawn_by_this_code() -> None:
+    ledger = make_picture("stock").ledger
+    verdicts = [
+        capacity(Sizes(ledger.model), ledger.run, load_gpu(name)) for name in ("rtx-3060-12gb", "rtx-4060-ti-16gb")
+    ]
+    picture = replace(make_picture("stock"), verdicts=tuple(verdicts))
+    file = Path(__file__).parent.parent / "docs" / "images" / "timeline.svg"
+    if os.environ.get("VRAMPLAN_UPDATE_GOLDEN"):
+        file.write_text(svg(picture), encoding="utf-8")
+    assert svg(picture) == file.read_text(encoding="utf-8")
+
+
+def test_the_page_of_commands_shows_a_picture_as_it_is_printed() -> None:
+    ledger = make_picture("stock").ledger
+    card = capacity(Sizes(ledger.model), ledger.run, load_gpu("rtx-3060-12gb"))
+    stream = Terminal()
+    show_timeline(stream, replace(make_picture("stock"), verdicts=(card,)), width=80)
+    page = (Path(__file__).parent.parent / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert stream.text.strip() in page

@@ -27,7 +27,8 @@ from vramplan.report.picture import Picture
 from vramplan.report.rows import group_of
 from vramplan.report.tables import VERDICT_WORDS, percent
 
-# uPlot 1.6.32 (npm), MIT: its licence text lies beside it and goes into every page with it.
+# NOTICE: static/uPlot.* are uPlot 1.6.32 from npm, unchanged, (c) 2022 Leon Sorokin, MIT (static/uPlot.LICENSE, which
+# goes into every page with it). A newer one: `npm pack uplot`, dist/uPlot.iife.min.js and dist/uPlot.min.css.
 LIBRARY, LIBRARY_STYLE, LIBRARY_LICENCE = "uPlot.iife.min.js", "uPlot.min.css", "uPlot.LICENSE"
 POLICY = (
     "default-src 'none'; script-src {scripts}; style-src {style}; img-src data:; base-uri 'none'; form-action 'none'"
@@ -195,7 +196,8 @@ def _measured(picture: Picture) -> str:
         for phase, measured, predicted in peaks
     ]
     heads = (("allocated at most", ""), ("predicted", "n"), ("measured", "n"), ("difference", "n"), ("%", "n"))
-    where = _safe(f"On {picture.measurement.device_name}, dotted in the picture, where overhead is not allocated.")
+    device = picture.measurement.device_name
+    where = _safe(f"Measured on {device}, dotted in the picture; overhead is no part of what is allocated.")
     return _section("Measured", f'{_plain_table(heads, rows)}<p class="dim small">{where}</p>')
 
 

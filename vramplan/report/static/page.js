@@ -371,7 +371,12 @@
       made.prepend(swatch(data.groups[group].colour));
       $("legend").append(made);
     }
-    [["whole step", -1], ...stretches.map(({ phase }, index) => [phase, index])].forEach(([name, index]) => {
+    const seen = new Map(); // a phase that comes again is numbered
+    const parts = stretches.map(({ phase }, index) => {
+      seen.set(phase, (seen.get(phase) ?? 0) + 1);
+      return [seen.get(phase) > 1 ? `${phase} ${seen.get(phase)}` : phase, index];
+    });
+    [["whole step", -1], ...parts].forEach(([name, index]) => {
       const made = button(name, index < 0, () => zoom(index));
       made.dataset.part = index;
       $("zoom").append(made);
