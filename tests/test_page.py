@@ -221,6 +221,19 @@ def test_keys_and_the_pointer_find_what_is_live_at_any_point(browser: Any, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_the_browser_counts_the_same_bytes(browser: Any, tmp_path: Path, name: str) -> None:
+    from selenium.webdriver import Keys
+
+    found = curve.levels(make_picture(name).step)
+    chart = opened(browser, tmp_path, name).find_element("id", "chart")
+    for keys in ("p", Keys.HOME, *[Keys.PAGE_DOWN] * 30, Keys.ARROW_LEFT, Keys.END, *[Keys.PAGE_UP] * 10):
+        chart.send_keys(keys)
+        point = int(chart.get_attribute("aria-valuenow") or -1)
+        assert int(chart.get_attribute("data-bytes") or 0) == found.totals[point]
+
+
+@pytest.mark.slow
 def test_groups_can_be_left_out_and_phases_looked_at(browser: Any, tmp_path: Path) -> None:
     opened(browser, tmp_path, "lean")
     drawn = (

@@ -133,6 +133,7 @@
     }
     const slider = $("chart");
     slider.setAttribute("aria-valuenow", String(point));
+    slider.dataset.bytes = String(totals[point]);
     if (speak) slider.setAttribute("aria-valuetext", `${title}. ${what}. Largest: ${live[0].kind[0]}`);
   }
 
