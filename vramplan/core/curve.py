@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-from .allocator import GRANULE, Native
-from .ledger import GROUPS, NO_CARD, laid_out
+from .allocator import GRANULE
+from .ledger import GROUPS, NO_CARD, loaded
 from .replay import play_run
+from .resident import state_births
 from .tape import WORKSPACE_KEY
 from .timeline import play
 from .types import GpuProfile, Ledger, Passage, TensorKind, Timeline
@@ -42,7 +44,7 @@ def timeline(ledger: Ledger, gpu: GpuProfile | None = None) -> Timeline:
         kinds=tuple(kinds.rows),
         resident=resident,
         passages=passages,
-        tails=_tails(ledger, card, unrolled, here) if native else (),
+        tails=_tails(ledger, unrolled, here) if native else (),
     )
 
 
@@ -94,11 +96,11 @@ def _phase(section: Section) -> str:
     return "loss" if section.phase == "forward" and section.name in LOSS_SECTIONS else section.phase
 
 
-def _tails(ledger: Ledger, card: GpuProfile, unrolled: Unrolled, resident_bytes: int) -> tuple[int, ...]:
+def _tails(ledger: Ledger, unrolled: Unrolled, resident_bytes: int) -> tuple[int, ...]:
     """What the native allocator counts above the tensors: the second step, event by event."""
-    sim, _, _ = laid_out(ledger.model, ledger.run, card, unrolled)
-    memory: Native = sim.before_step.clone()
-    play_run(unrolled, memory, sim.states, steps=1)
+    _, before = loaded(ledger.model, replace(ledger.run, random_weights=True))  # as `ledger` lays it out
+    memory = before.clone()
+    play_run(unrolled, memory, state_births(ledger.model, ledger.run), steps=1)
     tensors = resident_bytes
     out = [memory.allocated - tensors]
     live: dict[int, int] = {}

@@ -204,7 +204,7 @@ def _with_workspaces(sim: Simulation) -> Native:
     return memory
 
 
-def laid_out(
+def _laid_out(
     model: ModelSpec, run: RunSpec, card: GpuProfile, unrolled: Unrolled | None
 ) -> tuple[Simulation, Held, int]:
     """The run; how its loading goes; by how much from_pretrained leaves more allocated than a model built by layer.
@@ -228,7 +228,7 @@ def estimate(model: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None, unro
     run on this chip, where a search has played it before. Raises Unplannable.
     """
     card = gpu or NO_CARD
-    sim, loading, tails = laid_out(model, run, card, unrolled)
+    sim, loading, tails = _laid_out(model, run, card, unrolled)
     phase, live = live_at_peak(sim.unrolled)
     lines = _lines(model, run, sim, live)
     allocated = sim.allocated_bytes

@@ -43,6 +43,7 @@ def page(picture: Picture) -> str:
     said, verdict = _headline(picture)
     library = f"/*\nuPlot {_static(LIBRARY_LICENCE)}*/\n{_static(LIBRARY)}"
     script, style = _static("page.js"), _static(LIBRARY_STYLE) + "\n" + _static("page.css")
+    data = page_data(picture)
     policy = POLICY.format(scripts=f"{_hash(library)} {_hash(script)}", style=_hash(style))
     return Template(_static("page.html")).substitute(
         policy=policy,
@@ -51,12 +52,12 @@ def page(picture: Picture) -> str:
         verdict=verdict,
         headline=_safe(said),
         asked=_safe(run_line(ledger)),
-        notes=_safe(" ".join(text for text in (_cut(picture), shared.micro_steps(picture)) if text)),
+        notes=_safe(" ".join(text for text in (_cut(data["bottom"]), shared.micro_steps(picture)) if text)),
         diagnosis=_diagnosis(picture),
         cards=_cards(picture),
         measured=_measured(picture),
         ledger=_ledger(ledger),
-        data=json.dumps(page_data(picture), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
+        data=json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
         library=library,
         style=style,
         script=script,
@@ -136,8 +137,7 @@ def _step_data(step: Timeline, groups: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _cut(picture: Picture) -> str:
-    bottom, _, _ = shared.span(curve.levels(picture.step), shared.capacities(picture.verdicts))
+def _cut(bottom: int) -> str:
     return f"The axis begins at {human(bottom)}: below is weights alone." if bottom else ""
 
 
