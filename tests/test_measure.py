@@ -146,6 +146,15 @@ def test_json_alone_is_on_stdout(play: Play) -> None:
     assert loaded["key"] == "resident.loaded" and loaded["measured_bytes"] == 3_866_078_720
 
 
+def test_what_was_measured_is_drawn_over_the_step(tmp_path: Path, play: Play) -> None:
+    assert play(FINISHED, "--html", "a.html", "--svg", "a.svg").code == 0
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert "dotted in the picture" in page and "NVIDIA rtx-4090" in page
+    assert "most allocated in a phase" in (tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert play(FINISHED, "--html", "nowhere/a.html").code == 2
+    assert len(rows(tmp_path / "measurements.jsonl")) == 1
+
+
 def test_the_launchers_view_stands_in_where_the_driver_does_not_tell_processes_apart(
     tmp_path: Path, play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:

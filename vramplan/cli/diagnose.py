@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vramplan.cli import build, options
+from vramplan.cli import build, options, pictures
 from vramplan.cli.output import print_json
 from vramplan.core.types import SCHEMA_VERSION, GpuProfile, ModelSpec, OomEvidence, Plan, RunSpec, Unplannable
 from vramplan.errors import OK, InputError, VramplanError
@@ -31,31 +31,61 @@ NOT_FOUND = "No out-of-memory report found in {}."
               help="The run, by MODEL and the flags below.")  # fmt: skip
 @click.option("--gpu", cls=options.SectionOption, section="Card", metavar="NAME|live",
               help="Hold fixes against this card.  [default: the one in the report]")  # fmt: skip
-@options.use(options.BATCH, options.RUN, options.LORA, options.LEVERS, options.OUTPUT)
+@options.use(options.BATCH, options.RUN, options.LORA, options.LEVERS, options.FILES, options.OUTPUT)
 @click.pass_context
 def command(ctx: click.Context, /, **params: Any) -> int:
     """Say why a run went out of memory and which change fixes it, from its log (- reads stdin), its run folder
     or a memory snapshot of PyTorch; a log and a snapshot of the same run can be given together."""
+    pictures.check(params)
+    path, snapshot_path = _sorted(params["paths"])
+    folder = Path(path) if path not in (None, "-") and Path(path or "").is_dir() else None
+    run, card = _run_and_card(ctx, params, folder)
+    if pictures.wanted(params) and run is None:
+        raise InputError("--svg and --html draw a run's step", "say what ran: --run FILE, --model NAME, a run folder")
+    diagnosis = _explained(params, path, snapshot_path, folder, run, card)
+    if pictures.wanted(params):
+        _draw(params, run, card, folder, diagnosis)
+    return OK
+
+
+def _explained(
+    params: build.Params,
+    path: str | None,
+    snapshot_path: str | None,
+    folder: Path | None,
+    run: RunSpec | None,
+    card: GpuProfile | None,
+) -> Diagnosis | None:
+    """What the log and the snapshot say, printed. None: there is no out-of-memory report in them."""
     from vramplan.sources.oom_text import read_evidence, read_run_evidence
 
-    path, snapshot_path = _sorted(params["paths"])
     if path is None:
-        run, card = _run_and_card(ctx, params, None)
-        show_snapshot(snapshot_path or "", None, run, card, as_json=params["as_json"], width=params["width"])
-        return OK
-    folder = Path(path) if path != "-" and Path(path).is_dir() else None
-    run, card = _run_and_card(ctx, params, folder)
+        return show_snapshot(snapshot_path or "", None, run, card, as_json=params["as_json"], width=params["width"])
     if folder is not None and not (folder / LOG).is_file():
         raise InputError(f"{folder} is not a run folder: it holds no {LOG}", "give the log itself")
     evidence = read_run_evidence(folder) if folder else read_evidence(sys.stdin.buffer if path == "-" else path)
     if snapshot_path is not None:
-        show_snapshot(snapshot_path, evidence, run, card, as_json=params["as_json"], width=params["width"])
-        return OK
+        return show_snapshot(snapshot_path, evidence, run, card, as_json=params["as_json"], width=params["width"])
     if evidence is None:
         _say_nothing_found("stdin" if path == "-" else path, as_json=params["as_json"])
-        return OK
-    show(evidence, run, card, as_json=params["as_json"], width=params["width"])
-    return OK
+        return None
+    return show(evidence, run, card, as_json=params["as_json"], width=params["width"])
+
+
+def _draw(
+    params: build.Params,
+    run: RunSpec | None,
+    card: GpuProfile | None,
+    folder: Path | None,
+    diagnosis: Diagnosis | None,
+) -> None:
+    """The step of the run that ended so, on the card that was named or reported."""
+    model = _model(run)
+    if run is None or model is None:
+        return
+    from vramplan.core.ledger import estimate
+
+    pictures.draw_run(params, estimate(model, run, card), card, folder, diagnosis)
 
 
 def _sorted(paths: tuple[str, ...]) -> tuple[str | None, str | None]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from vramplan.cli import build, options
+from vramplan.cli import build, options, pictures
 from vramplan.cli.output import print_json
-from vramplan.core.types import GpuProfile, GpuVerdict, Ledger, ModelSpec
+from vramplan.core.types import GpuProfile, GpuVerdict, Ledger, ModelSpec, Offer
 from vramplan.errors import DOES_NOT_FIT, OK, InputError
 
 EXAMPLE = "Example: vramplan estimate llama-3.1-8b --batch-size 4 --gpu all --price rtx-4090=0.35"
@@ -19,7 +19,7 @@ EXAMPLE = "Example: vramplan estimate llama-3.1-8b --batch-size 4 --gpu all --pr
 @click.command("estimate", cls=options.SectionCommand, epilog=EXAMPLE)
 @click.argument("model")
 @options.use(options.BATCH, options.PARALLEL, options.RUN, options.LORA, options.LEVERS, options.GPUS,
-             options.GPU_INDEX, options.PRICES, options.TRACE, options.OUTPUT)  # fmt: skip
+             options.GPU_INDEX, options.PRICES, options.TRACE, options.PICTURES, options.OUTPUT)  # fmt: skip
 @click.pass_context
 def command(ctx: click.Context, /, **params: Any) -> int:
     """Predict the memory of fine-tuning MODEL: a built-in name, a Hub id, or a path to config.json or its folder."""
@@ -29,6 +29,7 @@ def command(ctx: click.Context, /, **params: Any) -> int:
         raise InputError("--trace plays one GPU", "leave out --gpus, or --trace")
     if params["trace"] and params["price"]:
         raise InputError("--price is for runs that are played, not traced", "leave out --trace, or --price")
+    pictures.check(params)
     build.refuse_index(ctx, params["gpu"])
     names = params["gpu"] or (("all",) if params["price"] else ())
     found = build.cards(names, params["calibration"], params["gpu_index"])
@@ -47,6 +48,7 @@ def command(ctx: click.Context, /, **params: Any) -> int:
         from vramplan.report.estimate import show_estimate
 
         show_estimate(sys.stdout, ledger, verdicts, width=params["width"])
+    pictures.draw(params, ledger, chip, verdicts)
     return _exit_code(cards, [verdict.verdict != "does_not_fit" for verdict in verdicts])
 
 
@@ -70,7 +72,14 @@ def _guide(params: dict[str, Any], cards: list[tuple[GpuProfile, bool]], chip: G
         from vramplan.report.guide import show_guide
 
         show_guide(sys.stdout, ledger, rows, width=params["width"])
+    pictures.draw(params, ledger, chip, [_as_asked(row) for row in rows])
     return _exit_code(cards, [row.as_asked for row in rows])
+
+
+def _as_asked(row: Offer) -> GpuVerdict:
+    """The card against the run as it was asked for, with no lever changed."""
+    verdict = row.verdict if row.as_asked else "does_not_fit"
+    return GpuVerdict(gpu=row.gpu, usable_bytes=row.usable_bytes, verdict=verdict)
 
 
 def _exit_code(cards: list[tuple[GpuProfile, bool]], fit: list[bool]) -> int:

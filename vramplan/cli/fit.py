@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vramplan.cli import build, options, runner
+from vramplan.cli import build, options, pictures, runner
 from vramplan.cli.output import print_json
 from vramplan.core.lengths import longest_run
-from vramplan.core.types import SEARCHED, GpuProfile, Lengths, ModelSpec, Plan, RunSpec
+from vramplan.core.types import SEARCHED, GpuProfile, GpuVerdict, Lengths, ModelSpec, Plan, RunSpec
 from vramplan.errors import DOES_NOT_FIT, OK, InputError
 
 if TYPE_CHECKING:
@@ -26,10 +26,11 @@ EXAMPLE = "Example: vramplan fit llama-2-7b --effective-batch-size 16 --gpu rtx-
 @click.command("fit", cls=options.SectionCommand, epilog=EXAMPLE)
 @click.argument("model")
 @options.use(options.FIT, options.ONE_GPU, options.GPU_INDEX, options.CALIBRATION, options.RUN, options.LORA,
-             options.LEVERS, options.DATA, options.OUTPUT)  # fmt: skip
+             options.LEVERS, options.DATA, options.PICTURES, options.OUTPUT)  # fmt: skip
 @click.pass_context
 def command(ctx: click.Context, /, **params: Any) -> int:
     """Choose the levers and the micro-batch with which MODEL trains best on one card."""
+    pictures.check(params)
     if not params["probe"]:
         build.refuse_index(ctx, (params["gpu"],))
     target = Path(params["output"]) if params["output"] else None
@@ -43,6 +44,8 @@ def command(ctx: click.Context, /, **params: Any) -> int:
         plan = _plan(params, spec, run, card, lengths)
         plan = prober.verified(plan) if prober else plan
     _show(plan, target, params, longest_run(run, lengths).seq_len if lengths else run.seq_len)
+    verdict = GpuVerdict(gpu=plan.gpu.key, usable_bytes=plan.budget_bytes, verdict=plan.verdict)
+    pictures.draw(params, plan.ledger, plan.gpu, [verdict])
     if prober is not None and prober.failure is not None:
         prober.tell_failure()
         return prober.failure.exit_code

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vramplan.cli import build, error_line, options, runner
+from vramplan.cli import build, error_line, options, pictures, runner
 from vramplan.cli.output import print_json
 from vramplan.core.types import GpuProfile, Ledger, Measurement, ModelSpec, Schedule, Unplannable
 from vramplan.errors import ENDED_IN_OOM, OK, OUR_ERROR, InputError, VramplanError
@@ -27,7 +27,7 @@ ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 @click.command("measure", cls=options.SectionCommand, epilog=EXAMPLE)
 @click.argument("model")
 @options.use(options.BATCH, options.RUN, options.MEASURE, options.LORA, options.LEVERS, options.CALIBRATION,
-             options.OUTPUT)  # fmt: skip
+             options.FILES, options.OUTPUT)  # fmt: skip
 def command(**params: Any) -> int:
     """Play a few steps of fine-tuning MODEL on this machine's card, with random weights, beside the prediction."""
     from vramplan.core.ledger import estimate
@@ -35,6 +35,7 @@ def command(**params: Any) -> int:
     if params["model_path"]:
         raise InputError("--model-path has no use here", "the weights are random: memory does not depend on them")
     output = _writable(params["output"])
+    pictures.check(params)
     spec, config = _model(params)
     schedule = Schedule(max_steps=params["steps"], save_steps=0, cuda_graphs=False)  # it makes none
     run = replace(build.run_spec(params, spec), driver=params["driver"], random_weights=True, schedule=schedule)
@@ -45,6 +46,8 @@ def command(**params: Any) -> int:
     outcome, diagnosis = _measure(ledger, card, config, params["width"])
     measurement = _whole(outcome, ledger, card)
     _report(ledger, outcome, measurement, diagnosis, output, params)
+    if measurement is not None:
+        pictures.draw(params, ledger, card, pictures.judged(ledger, card), measurement=measurement)
     return _exit_code(outcome)
 
 

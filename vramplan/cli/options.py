@@ -360,6 +360,19 @@ OUTPUT: Section = (
     _out("--width", type=Whole(40, 1000), hidden=True),
 )
 
+FILES: Section = (
+    _out("--svg", metavar="FILE", help="Write memory over one optimizer step as a picture."),
+    _out(
+        "--html", metavar="FILE", help="Write a page for a browser: the step, what is alive at any point, the ledger."
+    ),
+)
+
+PICTURES: Section = (
+    _out("--timeline", is_flag=True, help="Draw memory over one optimizer step."),
+    *FILES,
+    _out("--measured", metavar="RUN_DIR|FILE", help="Draw too what a run, or vramplan measure, has measured of it."),
+)
+
 TRACE: Section = (
     _out("--trace", is_flag=True, help="Trace the real libraries' step, for any architecture (no GPU; needs torch)."),
     _out("--full-depth", is_flag=True, help="Trace every layer rather than a few that stand for all."),

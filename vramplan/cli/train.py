@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from vramplan.cli import build, options, runner
+from vramplan.cli import build, options, pictures, runner
 from vramplan.cli.options import flag_of
 from vramplan.cli.schedule_options import SCHEDULE
 from vramplan.core.types import GpuProfile, Ledger, ModelSpec, Plan, RunSpec, Schedule
@@ -33,11 +33,14 @@ EXAMPLE = "Example: vramplan train plan.json --data conversations.jsonl -o runs/
 @click.command("train", cls=options.SectionCommand, epilog=EXAMPLE)
 @click.argument("model", required=False, metavar="MODEL|plan.json")
 @options.use(options.DATA, options.TRAIN, SCHEDULE, options.BATCH, options.PARALLEL, options.RUN, options.LORA,
-             options.LEVERS, options.CALIBRATION, options.OUTPUT)  # fmt: skip
+             options.LEVERS, options.CALIBRATION, options.FILES, options.OUTPUT)  # fmt: skip
 @click.pass_context
 def command(ctx: click.Context, /, **params: Any) -> int:
     """Fine-tune MODEL, or carry out a plan that `vramplan fit -o` wrote."""
     runner.require_extra("vramplan train")
+    pictures.check(params)
+    if pictures.wanted(params) and (params["data_only"] or params["print_launch"]):
+        raise InputError("--svg and --html draw a run, and nothing is run here", "leave them out")
     run_dir, run, plan = _what(ctx, params)
     if params["data_only"]:
         return runner.show_data(run_dir, run, plan, as_json=params["as_json"], width=params["width"])
@@ -49,11 +52,13 @@ def command(ctx: click.Context, /, **params: Any) -> int:
         return runner.print_launch(
             run_dir, run, plan, machines=params["num_machines"], resume=params["resume"], as_json=params["as_json"]
         )
-    ledger = _price(run, plan, force=params["force"], calibration=params["calibration"])
+    ledger, card = _price(run, plan, force=params["force"], calibration=params["calibration"])
     build.warn(*ledger.warnings, *_evaluation_warnings(run))
-    return runner.run_training(
+    code = runner.run_training(
         run_dir, run, plan, ledger, resume=params["resume"], as_json=params["as_json"], width=params["width"]
     )
+    pictures.draw_run(params, ledger, card, run_dir)
+    return code
 
 
 def _what(ctx: click.Context, params: build.Params) -> tuple[Path, RunSpec, Plan | None]:
@@ -135,8 +140,9 @@ def default_folder(model: str) -> Path:
     return Path("runs") / f"{name}-{strftime('%Y%m%d-%H%M%S')}"
 
 
-def _price(run: RunSpec, plan: Plan | None, *, force: bool, calibration: bool) -> Ledger:
-    """The prediction, held against this machine's card if there is one. `DoesNotFit` unless forced.
+def _price(run: RunSpec, plan: Plan | None, *, force: bool, calibration: bool) -> tuple[Ledger, GpuProfile | None]:
+    """The prediction, held against this machine's card if there is one, and that card, or the one that was planned for.
+    `DoesNotFit` unless forced.
 
     A plan's own stays as `fit` has made it; any other uses what was measured on the card, if that is wanted.
     """
@@ -154,7 +160,7 @@ def _price(run: RunSpec, plan: Plan | None, *, force: bool, calibration: bool) -
         if not force:
             raise DoesNotFit(text, "vramplan fit plans for this card; --force tries anyway")
         build.warn(text)
-    return ledger
+    return ledger, plan.gpu if plan is not None else card
 
 
 def _card(run: RunSpec) -> GpuProfile | None:

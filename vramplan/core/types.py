@@ -414,32 +414,44 @@ class Calibration(Value):
 
 # ------------------------------------------------------------------------------------------------- the prediction
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
-class TensorInfo(Value):
-    """A tensor that lives on the card at some time. `group` is the ledger's: weights, adapter, optimizer, ..."""
+class TensorKind(Value):
+    """Tensors that a step makes alike, in one layer after the other; or one row of what is there before it.
 
+    `key` is the ledger's, `group` the heading there; a row has no shape. `bytes` are those of one of them.
+    """
+
+    key: str
     name: str
-    module: str
-    shape: tuple[int, ...]
-    dtype: str
-    bytes: int
     group: str
+    bytes: int
+    rows: int = 0
+    columns: int = 0
+    dtype: str = ""
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
-class Event(Value):
-    """Birth (`alloc`) or death of the tensor with this id, in the order in which the libraries do it."""
+class Passage(Value):
+    """Births and deaths of one place, in the order in which the libraries do them: +k is the birth of a tensor of
+    `Timeline.kinds[k - 1]`, -k a death. `layer` is -1 outside the layers."""
 
-    phase: str
-    alloc: bool
-    tensor: int  # index into Timeline.tensors
+    phase: str  # forward | loss | backward | optimizer
+    layer: int
+    events: tuple[int, ...]
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Timeline(Value):
-    """One steady optimizer step, played out; what is resident before it is born in phase "resident"."""
+    """One steady optimizer step on one card, every birth and death; `core/curve.py` reads it.
 
-    tensors: tuple[TensorInfo, ...]
-    events: tuple[Event, ...]
+    `resident` are the kinds (k, as in a passage) that are there all the time, what PyTorch's allocator does not hand
+    out among them. `tails` are what the native allocator's blocks have over their tensors, before the first event and
+    after each; empty with expandable segments, where nothing changes.
+    """
+
+    kinds: tuple[TensorKind, ...]
+    resident: tuple[int, ...]
+    passages: tuple[Passage, ...]
+    tails: tuple[int, ...] = ()
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
