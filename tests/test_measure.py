@@ -174,7 +174,7 @@ def test_out_of_memory_is_exit_4_with_a_diagnosis(tmp_path: Path, play: Play) ->
     result = play(OOM, *large, model="llama-3.1-8b")
     assert result.code == 4
     assert "error: CUDA out of memory\n" in result.err  # without the hint: there is no run folder to diagnose
-    assert result.error.startswith("note: The card was full") and "Best fix: " in result.error
+    assert result.error.startswith("note: Whole logits of 4 x 2048 x 128256") and "Best fix: " in result.error
     assert "saves 0 B" not in play(OOM).error  # a model so small that nothing helps
     assert "Out of memory after 60 steps" in result.out
     assert [row.ended for row in rows(tmp_path / "measurements.jsonl")] == ["oom", "oom"]

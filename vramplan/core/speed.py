@@ -2,8 +2,8 @@
 
 Matrix products and attention each at a share of the card's dense bf16 rate, traffic at a share of its memory
 bandwidth, and a little for each tensor's kernels to begin and end, one after the other; and never faster than the
-processor can launch them. The shares are the card's `SpeedFactors`: read off the rows of one card (docs/measurements) unless `vramplan calibrate` has measured
-them; treat the result as a guide, not a promise.
+processor can launch them. The shares are the card's `SpeedFactors`: read off the rows of one card (docs/measurements)
+unless `vramplan calibrate` has measured them; treat the result as a guide, not a promise.
 
 Several cards work at the pace of one, wait for the sum of the gradients once per step (a ring: twice the bytes over the
 link), and where they share the weights out, for the gathering of layers that does not hide behind the computing. The
