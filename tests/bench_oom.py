@@ -42,7 +42,7 @@ from vramplan.sources.oom_text import read_evidence
 from vramplan.sources.profiles import load_gpu
 
 Row = dict[str, Any]
-LATE = "BENCH_OOM_LATE_IMPORT"  # environment: every child imports for itself
+LATE = "BENCH_OOM_LATE_IMPORT"  # environment: every child imports bitsandbytes for itself
 LIMIT_S = 90  # of one process
 TAIL_BYTES = 6000
 FRAGMENTED = (0.6, 0.35, 0.15)  # caps to try, from what lives at once to what was reserved
@@ -126,9 +126,13 @@ def held(left_bytes: int, gpu: GpuProfile) -> Iterator[None]:
 
 def import_all(gpu: GpuProfile) -> None:
     """Import what the children need, without touching the card. bitsandbytes asks for its compute capability."""
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     import torch
 
+    if os.environ.get(LATE):  # PEFT brings bitsandbytes
+        from transformers import AutoModelForCausalLM, Trainer  # noqa: F401
+
+        return
     asked = torch.cuda.get_device_capability
     torch.cuda.get_device_capability = lambda device=None: gpu.compute_capability
     try:
@@ -136,7 +140,7 @@ def import_all(gpu: GpuProfile) -> None:
     finally:
         torch.cuda.get_device_capability = asked
     if torch.cuda.is_initialized() or wait(fork(_touches)) != 0:
-        print("a forked child cannot use the card: every child imports for itself", flush=True)
+        print("a forked child cannot use the card: every child imports bitsandbytes for itself", flush=True)
         os.environ[LATE] = "1"
         os.execv(sys.executable, [sys.executable, *sys.argv])
 
@@ -366,8 +370,7 @@ def main() -> None:
             high = f"{found.high_bytes / 2**30:6.2f}" if found.high_bytes else "     -"
             print(f"{case.name:34} {found.low_bytes / 2**30:6.2f} {high} GiB {case.expected}")
         return
-    if not os.environ.get(LATE):
-        import_all(gpu)
+    import_all(gpu)
     gc.collect()
     gc.freeze()  # a child's collector shall not touch, and so copy, what the parent has
     with tempfile.TemporaryDirectory(prefix="bench-oom-") as root:

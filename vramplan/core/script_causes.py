@@ -148,8 +148,9 @@ def trainable_head(case: Case) -> Iterator[Finding]:
     size, rows = model.vocab_size * model.hidden_size, case.run.micro_batch_size * case.run.seq_len
     text = "\n".join(frames)
     copied = "deepcopy" in text and "other.py" in text and any(asked_for(case, width * size) for width in (2, 4))
-    wide = asked_for(case, 4 * size) and rows != model.hidden_size
-    if not (copied or (wide and phase_of(frames) in ("optimizer", "backward"))):
+    widths = {"optimizer": (4,), "backward": (2, 4)}.get(phase_of(frames) or "", ())  # a frozen matrix has neither
+    born = rows != model.hidden_size and any(asked_for(case, width * size) for width in widths)
+    if not (copied or born):
         return
     yield Finding(
         "trainable_head",
