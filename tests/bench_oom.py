@@ -343,16 +343,19 @@ class Bench:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--write", type=Path, metavar="FILE")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="cases whose name begins like this")
     parser.add_argument("--until", type=float, default=1e9, help="no case is begun after so many seconds")
     parser.add_argument("--gpu", help="a stored card instead of the live one, for --list")
     parser.add_argument("--list", action="store_true", help="cases and caps; plays nothing")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.write is None and not options.list:
+        parser.error("--write FILE says where the rows go")
+    return options
 
 
-def rows_in(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def rows_in(path: Path | None) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
 
 
 def chosen(only: list[str], done: set[str]) -> list[Case]:
