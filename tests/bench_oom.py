@@ -42,7 +42,7 @@ from vramplan.sources.oom_text import read_evidence
 from vramplan.sources.profiles import load_gpu
 
 Row = dict[str, Any]
-LATE = "BENCH_OOM_LATE_IMPORT"  # environment: every child imports for itself
+LATE = "BENCH_OOM_LATE_IMPORT"  # environment: every child imports bitsandbytes for itself
 LIMIT_S = 90  # of one process
 TAIL_BYTES = 6000
 FRAGMENTED = (0.6, 0.35, 0.15)  # caps to try, from what lives at once to what was reserved
@@ -126,9 +126,13 @@ def held(left_bytes: int, gpu: GpuProfile) -> Iterator[None]:
 
 def import_all(gpu: GpuProfile) -> None:
     """Import what the children need, without touching the card. bitsandbytes asks for its compute capability."""
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     import torch
 
+    if os.environ.get(LATE):  # PEFT brings bitsandbytes
+        from transformers import AutoModelForCausalLM, Trainer  # noqa: F401
+
+        return
     asked = torch.cuda.get_device_capability
     torch.cuda.get_device_capability = lambda device=None: gpu.compute_capability
     try:
@@ -136,7 +140,7 @@ def import_all(gpu: GpuProfile) -> None:
     finally:
         torch.cuda.get_device_capability = asked
     if torch.cuda.is_initialized() or wait(fork(_touches)) != 0:
-        print("a forked child cannot use the card: every child imports for itself", flush=True)
+        print("a forked child cannot use the card: every child imports bitsandbytes for itself", flush=True)
         os.environ[LATE] = "1"
         os.execv(sys.executable, [sys.executable, *sys.argv])
 
@@ -339,16 +343,19 @@ class Bench:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--write", type=Path, metavar="FILE")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="cases whose name begins like this")
     parser.add_argument("--until", type=float, default=1e9, help="no case is begun after so many seconds")
     parser.add_argument("--gpu", help="a stored card instead of the live one, for --list")
     parser.add_argument("--list", action="store_true", help="cases and caps; plays nothing")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.write is None and not options.list:
+        parser.error("--write FILE says where the rows go")
+    return options
 
 
-def rows_in(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def rows_in(path: Path | None) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
 
 
 def chosen(only: list[str], done: set[str]) -> list[Case]:
@@ -366,8 +373,7 @@ def main() -> None:
             high = f"{found.high_bytes / 2**30:6.2f}" if found.high_bytes else "     -"
             print(f"{case.name:34} {found.low_bytes / 2**30:6.2f} {high} GiB {case.expected}")
         return
-    if not os.environ.get(LATE):
-        import_all(gpu)
+    import_all(gpu)
     gc.collect()
     gc.freeze()  # a child's collector shall not touch, and so copy, what the parent has
     with tempfile.TemporaryDirectory(prefix="bench-oom-") as root:

@@ -236,10 +236,10 @@ def evaluation() -> Iterator[Case]:
             ("qwen2.5-0.5b", 8, stock(1, 512, upcast="none"), {"eval_batch": 16}),
             ("tinyllama-1.1b", 6, stock(1, 1024), {"eval_batch": 32}),
             ("gemma-2-2b", 4, stock(1, 256), {"eval_batch": 16}),
-            ("llama-3.2-1b", 4, stock(1, 256), {"eval_batch": 2, "keep_logits": 64}),
-            ("qwen2.5-0.5b", 8, stock(1, 512, upcast="none"), {"eval_batch": 1, "keep_logits": 32}),
-            ("smollm2-1.7b", 4, stock(2, 512), {"eval_batch": 2, "keep_logits": 96}),
-            ("gemma-2-2b", 4, stock(1, 256), {"eval_batch": 1, "keep_logits": 48})]  # fmt: skip
+            ("llama-3.2-1b", 4, stock(1, 256), {"eval_batch": 2, "keep_logits": 24}),
+            ("qwen2.5-0.5b", 8, stock(1, 512, upcast="none"), {"eval_batch": 1, "keep_logits": 12}),
+            ("smollm2-1.7b", 4, stock(2, 512), {"eval_batch": 2, "keep_logits": 40}),
+            ("gemma-2-2b", 4, stock(1, 256), {"eval_batch": 1, "keep_logits": 16})]  # fmt: skip
     return _named("evaluation", rows, lambda name, model, layers, run, twist: Case(
         name, ("evaluation",), model, layers, run, twist=twist, measured=True))  # fmt: skip
 

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,10 @@ def settle(job: Job) -> None:
     transformers.utils.logging.disable_progress_bar()
     if job.device != "cuda":
         return
+    os.environ.pop("PYTORCH_ALLOC_CONF", None)
     os.environ["PYTORCH_CUDA_ALLOC_CONF"] = SETTINGS[job.run.levers.allocator]
-    torch.cuda.memory._set_allocator_settings(SETTINGS[job.run.levers.allocator])
+    with suppress(Exception):  # torch was imported under other settings; what holds in the end is in the row
+        torch._C._accelerator_setAllocatorSettings(SETTINGS[job.run.levers.allocator])
     if job.cap_bytes is not None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(job.cap_bytes / total, 1.0))
@@ -183,6 +186,7 @@ def arguments(job: Job) -> TrainingArguments:
     if run.levers.checkpointing == "all" and twist.get("inactive") != "config":
         more |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     steps = len(twist["lengths"]) if "lengths" in twist else run.schedule.max_steps or 3
+    steps = 1 if "eval_batch" in twist else steps  # each would be evaluated after
     return TrainingArguments(
         output_dir=str(job.folder / "out"), per_device_train_batch_size=run.micro_batch_size,
         gradient_accumulation_steps=run.accumulation, max_steps=steps, bf16=True, optim=run.levers.optimizer,

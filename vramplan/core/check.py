@@ -101,7 +101,7 @@ def _who(process: GpuProcess) -> str:
 
 # ----------------------------------------------------------------------------------------------------- to change
 def _fixes(card: GpuProfile, ledger: Ledger) -> tuple[Fix, ...]:
-    """Changes of the run, priced: those that leave training as it is first, then those that fit with room."""
+    """Changes of the run, priced: those that fit first, of them those that leave training as it is."""
     pricer = Pricer(ledger.model, ledger, card, card.usable_bytes)
     return pricer.ranked(pricer.fixes(), "")
 
@@ -120,7 +120,8 @@ def _change(fix: Fix, card: GpuProfile) -> Remedy:
 def _both(closing: Remedy, fixes: tuple[Fix, ...], card: GpuProfile) -> Remedy:
     """Everything closed that can be, and the first change that then fits; the largest saving if none does."""
     room = card.usable_bytes + closing.frees_bytes
-    fix = next((fix for fix in fixes if fix.device_bytes <= room), max(fixes, key=lambda fix: fix.saves_bytes))
+    gentle = sorted(fixes, key=lambda fix: fix.changes_training)  # there is more room than they were ranked for
+    fix = next((fix for fix in gentle if fix.device_bytes <= room), max(fixes, key=lambda fix: fix.saves_bytes))
     change = _change(fix, replace(card, usable_bytes=room))
     title = f"{closing.title}, and {change.title}"
     return replace(change, kind="both", title=title, frees_bytes=closing.frees_bytes + change.frees_bytes)

@@ -86,17 +86,17 @@ def long_sample(case: Case) -> Iterator[Finding]:
 
 
 def inactive(case: Case) -> Iterator[Finding]:
-    """A decoder layer called without torch.utils.checkpoint, in a run of which every layer is checkpointed."""
+    """A decoder layer called without a checkpoint around it, in a run of which every layer is checkpointed."""
     run, frames = case.run, case.evidence.frames
     if run is None or run.levers.checkpointing != "all" or phase_of(frames) == "evaluation":
         return
     called = any("modeling_layers.py" in frame and "__call__" in frame for frame in frames)
-    if called and not any("utils/checkpoint.py" in frame for frame in frames):
+    if called and not any("checkpoint" in frame.lower() for frame in frames):  # torch's own, ours, another's
         yield Finding(
             "checkpointing",
             95,
             "Checkpointing is on in the description but inactive in the script: the traceback goes through a decoder "
-            "layer and not through torch/utils/checkpoint.py. It works in training mode alone (model.train()), and "
+            "layer and through no checkpoint. It works in training mode alone (model.train()), and "
             "has to be switched on by gradient_checkpointing_enable().",
         )
 
@@ -148,8 +148,9 @@ def trainable_head(case: Case) -> Iterator[Finding]:
     size, rows = model.vocab_size * model.hidden_size, case.run.micro_batch_size * case.run.seq_len
     text = "\n".join(frames)
     copied = "deepcopy" in text and "other.py" in text and any(asked_for(case, width * size) for width in (2, 4))
-    wide = asked_for(case, 4 * size) and rows != model.hidden_size
-    if not (copied or (wide and phase_of(frames) in ("optimizer", "backward"))):
+    widths = {"optimizer": (4,), "backward": (2, 4)}.get(phase_of(frames) or "", ())  # a frozen matrix has neither
+    born = rows != model.hidden_size and any(asked_for(case, width * size) for width in widths)
+    if not (copied or born):
         return
     yield Finding(
         "trainable_head",
