@@ -304,7 +304,10 @@ class Bench:
 
     def begin(self, case: Case, between: Sides, kept: Path) -> None:
         start = time.monotonic()
-        one = provoke(case, between, self.gpu, self.root)
+        try:
+            one = provoke(case, between, self.gpu, self.root)
+        except (OSError, RuntimeError) as error:  # the other process could not fill the card
+            one = Provoked(case, {"ended": "error", "tail": str(error)}, None, kept)
         kept.parent.mkdir(exist_ok=True)
         if one.log.is_file():
             one.log = Path(shutil.copy(one.log, kept))
@@ -365,6 +368,7 @@ def chosen(only: list[str], done: set[str]) -> list[Case]:
 def main() -> None:
     options = arguments()
     warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)  # the pool's threads hold nothing of ours
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # of several cards Trainer would use all
     wanted = chosen(options.only, {row["name"] for row in rows_in(options.write)})
     pool = ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("fork"))
     gpu = load_gpu(options.gpu) if options.gpu else pool.submit(live_gpu, 0).result()
