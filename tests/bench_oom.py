@@ -5,7 +5,7 @@ Each case of `oom_cases.py` is provoked in a process of its own, with random wei
 `set_per_process_memory_fraction` that lies between what the run needs without its cause and what it takes with it. Its
 log is read as `vramplan diagnose LOG --model ... --gpu live` reads it. Then the first fix is played under the same cap:
 `Fix.run` as `vramplan train` builds it, or, where the cause lies outside the run, the script changed as the cause says.
-Rows go to FILE as JSON lines; cases that are there already are not played again. Ends with a table.
+Rows go to FILE as JSON lines; cases that are there already are not played again, but for errors. Ends with a table.
 
 The parent imports all libraries and forks: it must never touch the card itself.
 """
@@ -176,7 +176,7 @@ def provoke(case: Case, between: Sides, gpu: GpuProfile, root: Path) -> Provoked
             name: free.get(name) for name in ("ended", "peak_bytes", "reserved_bytes", "seconds", "tail")
         }
         if free["ended"] != "ok":
-            return Provoked(case, row | {"ended": "no case"}, None, job.folder / "log.txt")
+            return Provoked(case, row | {"ended": "error", "tail": free.get("tail")}, None, job.folder / "log.txt")
         if case.rule == "fragmented":
             return fragment(case, row, free, job)
         between = Sides(between.low_bytes, free["peak_bytes"])
@@ -257,6 +257,7 @@ def counted(row: Row) -> bool:
 def summary(rows: list[Row]) -> str:
     """Per cause: cases, cause right, fix passes; what is wrong, by name."""
     lines = [f"{'cause':20} {'n':>3} {'cause right':>12} {'fix passes':>11}"]
+    rows = list({row["name"]: row for row in rows}.values())  # the last of each
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["cause"], []).append(row)
@@ -361,6 +362,11 @@ def rows_in(path: Path | None) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
 
 
+def finished(rows: list[Row]) -> set[str]:
+    """What is not played again: an error is."""
+    return {row["name"] for row in rows if row["ended"] != "error"}
+
+
 def chosen(only: list[str], done: set[str]) -> list[Case]:
     return [case for case in cases() if case.name not in done and (not only or case.name.startswith(tuple(only)))]
 
@@ -369,7 +375,7 @@ def main() -> None:
     options = arguments()
     warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)  # the pool's threads hold nothing of ours
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # of several cards Trainer would use all
-    wanted = chosen(options.only, {row["name"] for row in rows_in(options.write)})
+    wanted = chosen(options.only, finished(rows_in(options.write)))
     pool = ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("fork"))
     gpu = load_gpu(options.gpu) if options.gpu else pool.submit(live_gpu, 0).result()
     if options.list:
