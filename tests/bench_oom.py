@@ -5,7 +5,7 @@ Each case of `oom_cases.py` is provoked in a process of its own, with random wei
 `set_per_process_memory_fraction` that lies between what the run needs without its cause and what it takes with it. Its
 log is read as `vramplan diagnose LOG --model ... --gpu live` reads it. Then the first fix is played under the same cap:
 `Fix.run` as `vramplan train` builds it, or, where the cause lies outside the run, the script changed as the cause says.
-Rows go to FILE as JSON lines; cases that are there already are not played again. Ends with a table.
+Rows go to FILE as JSON lines; cases that are there already are not played again, but for errors. Ends with a table.
 
 The parent imports all libraries and forks: it must never touch the card itself.
 """
@@ -18,20 +18,16 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
-import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from oom_cases import Case, Job, Sides, cases, sides
+from oom_processes import Row, fork, held, import_all, played, wait
 
 from vramplan.cli.diagnose import diagnosed
 from vramplan.core.fixes import command
@@ -41,9 +37,6 @@ from vramplan.sources.gpu import live_gpu
 from vramplan.sources.oom_text import read_evidence
 from vramplan.sources.profiles import load_gpu
 
-Row = dict[str, Any]
-LATE = "BENCH_OOM_LATE_IMPORT"  # environment: every child imports bitsandbytes for itself
-LIMIT_S = 90  # of one process
 TAIL_BYTES = 6000
 FRAGMENTED = (0.6, 0.35, 0.15)  # caps to try, from what lives at once to what was reserved
 SCRIPT_CHANGES = {  # cause -> what it says in words, and the twist that is left of the script
@@ -51,106 +44,6 @@ SCRIPT_CHANGES = {  # cause -> what it says in words, and the twist that is left
                    lambda case: {"eval_batch": case.run.micro_batch_size}),
     "saving": ("the adapter saved, nothing merged on the card", lambda case: {}),
 }  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------------------- processes
-def fork(work: Callable[[], int]) -> int:
-    """A child that does `work` and ends with its result; its pid."""
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            code = work()
-        finally:
-            os._exit(code)
-    return pid
-
-
-def wait(pid: int, limit_s: float = LIMIT_S) -> int:
-    """Its exit code; killed after a while."""
-    end = time.monotonic() + limit_s
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > end:
-            os.kill(pid, signal.SIGKILL)
-        time.sleep(0.01)
-
-
-def work_of(job: Job) -> Callable[[], int]:
-    def work() -> int:
-        import oom_child
-
-        return oom_child.main(job)
-
-    return work
-
-
-def played(job: Job) -> Row:
-    """The job in a process of its own: what it wrote, and the path of its log."""
-    shutil.rmtree(job.folder, ignore_errors=True)
-    job.folder.mkdir(parents=True)
-    code = wait(fork(work_of(job)))
-    result = job.folder / "result.json"
-    row: Row = json.loads(result.read_text()) if result.is_file() else {"ended": "error", "killed": code}
-    if row["ended"] == "error":
-        log = job.folder / "log.txt"
-        row["tail"] = log.read_text(errors="replace")[-800:] if log.is_file() else ""
-    return row | {"cap_bytes": job.cap_bytes}
-
-
-@contextmanager
-def held(left_bytes: int, gpu: GpuProfile) -> Iterator[None]:
-    """The card full but for `left_bytes` and one context, in the hands of another process."""
-    reader, writer = os.pipe()
-
-    def work() -> int:
-        import oom_child
-
-        oom_child.hold(left_bytes, gpu.context_bytes, writer)
-        return 0
-
-    pid = fork(work)
-    os.close(writer)
-    try:
-        if os.read(reader, 1) != b".":
-            raise RuntimeError("the other process could not fill the card")
-        yield
-    finally:
-        os.close(reader)
-        os.kill(pid, signal.SIGKILL)
-        wait(pid)
-
-
-def import_all(gpu: GpuProfile) -> None:
-    """Import what the children need, without touching the card. bitsandbytes asks for its compute capability."""
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    import torch
-
-    if os.environ.get(LATE):  # PEFT brings bitsandbytes
-        from transformers import AutoModelForCausalLM, Trainer  # noqa: F401
-
-        return
-    asked = torch.cuda.get_device_capability
-    torch.cuda.get_device_capability = lambda device=None: gpu.compute_capability
-    try:
-        import oom_child  # noqa: F401
-    finally:
-        torch.cuda.get_device_capability = asked
-    if torch.cuda.is_initialized() or wait(fork(_touches)) != 0:
-        print("a forked child cannot use the card: every child imports bitsandbytes for itself", flush=True)
-        os.environ[LATE] = "1"
-        os.execv(sys.executable, [sys.executable, *sys.argv])
-
-
-def _touches() -> int:
-    import bitsandbytes
-    import torch
-
-    bitsandbytes.functional.quantize_4bit(torch.ones(64, 64, dtype=torch.bfloat16, device="cuda"))
-    return 0
 
 
 # ------------------------------------------------------------------------------------------------------------ one case
@@ -176,7 +69,7 @@ def provoke(case: Case, between: Sides, gpu: GpuProfile, root: Path) -> Provoked
             name: free.get(name) for name in ("ended", "peak_bytes", "reserved_bytes", "seconds", "tail")
         }
         if free["ended"] != "ok":
-            return Provoked(case, row | {"ended": "no case"}, None, job.folder / "log.txt")
+            return Provoked(case, row | {"ended": "error", "tail": free.get("tail")}, None, job.folder / "log.txt")
         if case.rule == "fragmented":
             return fragment(case, row, free, job)
         between = Sides(between.low_bytes, free["peak_bytes"])
@@ -257,6 +150,7 @@ def counted(row: Row) -> bool:
 def summary(rows: list[Row]) -> str:
     """Per cause: cases, cause right, fix passes; what is wrong, by name."""
     lines = [f"{'cause':20} {'n':>3} {'cause right':>12} {'fix passes':>11}"]
+    rows = list({row["name"]: row for row in rows}.values())  # the last of each
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["cause"], []).append(row)
@@ -304,7 +198,10 @@ class Bench:
 
     def begin(self, case: Case, between: Sides, kept: Path) -> None:
         start = time.monotonic()
-        one = provoke(case, between, self.gpu, self.root)
+        try:
+            one = provoke(case, between, self.gpu, self.root)
+        except (OSError, RuntimeError) as error:  # the other process could not fill the card
+            one = Provoked(case, {"ended": "error", "tail": str(error)}, None, kept)
         kept.parent.mkdir(exist_ok=True)
         if one.log.is_file():
             one.log = Path(shutil.copy(one.log, kept))
@@ -358,6 +255,11 @@ def rows_in(path: Path | None) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
 
 
+def finished(rows: list[Row]) -> set[str]:
+    """What is not played again: an error is."""
+    return {row["name"] for row in rows if row["ended"] != "error"}
+
+
 def chosen(only: list[str], done: set[str]) -> list[Case]:
     return [case for case in cases() if case.name not in done and (not only or case.name.startswith(tuple(only)))]
 
@@ -365,7 +267,8 @@ def chosen(only: list[str], done: set[str]) -> list[Case]:
 def main() -> None:
     options = arguments()
     warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)  # the pool's threads hold nothing of ours
-    wanted = chosen(options.only, {row["name"] for row in rows_in(options.write)})
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # of several cards Trainer would use all
+    wanted = chosen(options.only, finished(rows_in(options.write)))
     pool = ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("fork"))
     gpu = load_gpu(options.gpu) if options.gpu else pool.submit(live_gpu, 0).result()
     if options.list:

@@ -322,8 +322,9 @@ def too_large() -> Iterator[Case]:
 
 def outside() -> Iterator[Case]:
     """bitsandbytes computing in float32; a trainable head; a merge on the card after training."""
-    wide = [("mistral-7b-v0.1", 4, stock(1, 256)), ("llama-2-7b", 4, stock(1, 256, driver="loop")),
-            ("smollm2-1.7b", 8, stock(1, 256))]  # fmt: skip
+    wide = [("mistral-7b-v0.1", 4, stock(1, 256, upcast="none")),
+            ("llama-2-7b", 4, stock(1, 256, upcast="none", driver="loop")),
+            ("phi-3-mini-4k", 4, stock(1, 256, upcast="none"))]  # fmt: skip
     yield from _named("float32_compute", wide, lambda name, model, layers, run: Case(
         name, ("float32_compute",), model, layers, run, twist={"compute": "float32"}, measured=True))  # fmt: skip
     heads = [("mistral-7b-v0.1", 4, stock(1, 256), ["lm_head"], 0.8),
@@ -334,7 +335,7 @@ def outside() -> Iterator[Case]:
         name, ("trainable_head",), model, layers, run, twist={"modules_to_save": modules}, measured=True,
         share=share))  # fmt: skip
     merged = [("mistral-7b-v0.1", 2, stock(1, 128, upcast="none")), ("llama-2-7b", 2, stock(1, 128, upcast="none")),
-              ("llama-3.1-8b", 2, stock(1, 64, upcast="none"))]  # fmt: skip
+              ("phi-3-mini-4k", 2, stock(1, 64, upcast="none"))]  # fmt: skip
     yield from _named("saving", merged, lambda name, model, layers, run: Case(
         name, ("saving",), model, layers, run, twist={"merge": True}, measured=True))  # fmt: skip
 

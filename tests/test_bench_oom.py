@@ -251,7 +251,8 @@ def test_rows_are_whole_and_are_not_played_again(tmp_path: Path, monkeypatch: py
         assert row["run"].startswith("vramplan train ") and "Tried to allocate" in row["evidence"]
         assert set(row["versions"]) == {"torch", "transformers", "bitsandbytes", "peft", "accelerate"} and row["gpu"]
         assert row["low_bytes"] < row["cap_bytes"] < row["high_bytes"]
-    assert not bench_oom.chosen(names, {row["name"] for row in rows})
+    assert not bench_oom.chosen(names, bench_oom.finished(rows))
+    assert len(bench_oom.chosen(names, bench_oom.finished([rows[0] | {"ended": "error"}, *rows[1:]]))) == 1
     rows[0] |= {"right": False, "passes": False}
     rows.append(rows[1] | {"name": "logits/0", "ended": "ok", "diagnosis": None})
     text = bench_oom.summary(rows)

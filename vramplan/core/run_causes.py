@@ -52,9 +52,8 @@ def matches(case: Case) -> list[Match]:
 def cause_of(match: Match, case: Case) -> str:
     model, run = case.model, case.run
     assert model is not None and run is not None
-    of_loss = match.key.startswith("loss.") or (match.columns == model.vocab_size and match.rows > 1)
-    if of_loss and run.levers.loss == "full":
-        return "logits"
+    if match.key.startswith("loss.") or (match.columns == model.vocab_size and match.rows > 1):
+        return "logits" if run.levers.loss == "full" else "full"  # a chunk of them says nothing
     if match.key.startswith("weights."):
         return "upcast"
     if match.rows == run.micro_batch_size * model.num_heads * run.seq_len and match.columns == run.seq_len:
