@@ -185,7 +185,8 @@ def show_snapshot(
     with uncollected():
         snapshot = read_snapshot(path)
         held = holdings(snapshot)
-    evidence = evidence_of(snapshot, held)
+        evidence = evidence_of(snapshot, held)
+        del snapshot  # before the collector of cycles walks through it
     if report is not None:
         evidence = _joined(report, evidence)
     if evidence is not None:
