@@ -25,13 +25,20 @@ MAX_FRAMES, MAX_GAP, MAX_TRACEBACK_LINES = 40, 16, 600
 # cut off by a line break, the others say what they say on one line.
 LONG = (
     "out of memory", "OutOfMemory", "Tried to allocate", "exceed allowed memory", "exceed per_process", "CUDA calloc",
+    "KV cache", "cache blocks",
 )  # fmt: skip
 SHORT = (
     "OUT_OF_MEMORY", "ALLOC_FAILED", "CUDNN_STATUS_INTERNAL", "MemoryAllocation", "allocate memory", "MemoryError",
-    "Out of memory", "Killed", "SIGKILL", "oom-kill", "oom_kill", "code: -9", "code  : -9", "status -9", "code 137",
-    "status 137", "code: 137", "Exit Code: ",
+    "Out of memory", "Killed", "SIGKILL", "oom-kill", "oom_kill", "code: -9", "code  : -9", "code = -9", "status -9",
+    "code 137", "status 137", "code: 137", "code (137)", "Exit Code: ", "oomd killed", "low on resource: memory",
+    "running low on memory", "paging file is too small", "shared memory", "</torch_", "OUT_OF_DEVICE_MEMORY",
 )  # fmt: skip
 NEEDLES = tuple(needle.encode() for needle in (*LONG, *SHORT))
+# One of these is in each of them: most of a log is searched for fewer strings.
+SHARED = (
+    b"emory", b"llocat", b"per_process", b"CUDA calloc", b"cache", b"OUT_OF_", b"ALLOC_FAILED", b"CUDNN_STATUS", b"illed",
+    b"SIGKILL", b"oom", b" -9", b" 137", b"(137", b"Exit Code: ", b"paging file", b"</torch_",
+)  # fmt: skip
 MAX_HITS = 256  # of one string in one block: a log that repeats it thousands of times is not looked at line by line
 SIGNS = {
     "checkpointing_inactive": b"None of the inputs have requires_grad=True",  # torch.utils.checkpoint
@@ -50,7 +57,7 @@ _STAMP = re.compile(
 )
 _STOP = re.compile(r'Traceback \(most|\s*File "|During handling|The above exception|[\w.]*(?:Error|Exception|Warning):')
 _COMPLETE = re.compile(r"butunallocated\.|reservedintotalbyPyTorch\)|memoryfraction\):\S+$|CUDAcalloc\D*\d+bytes")
-MANY_LINES = ("torch", "cudaMallocAsync", "nccl")  # all others say everything on their first line
+MANY_LINES = ("torch", "cudaMallocAsync", "nccl", "vllm")  # all others say everything on their first line
 _FRAMES = (
     re.compile(r'File "(?P<file>[^"\n]+)", line (?P<line>\d+), in (?P<name>[^\s(]+)'),
     re.compile(r"File (?P<file>\S+?):(?P<line>\d+), in (?P<name>\w+)"),
@@ -135,7 +142,7 @@ def _scan(blocks: Iterator[bytes]) -> OomEvidence | None:
         following = next(blocks, b"")
         edge = block + following[:64]
         signs |= {name for name, needle in SIGNS.items() if needle in edge}
-        if any(needle in edge for needle in NEEDLES):
+        if any(part in edge for part in SHARED) and any(needle in edge for needle in NEEDLES):
             here = (before + block).decode("utf-8", errors="replace")
             strong, other = _first(here + following[:AFTER_BYTES].decode("utf-8", errors="replace"), len(here))
             if strong is not None:
@@ -259,14 +266,19 @@ def _split_prefix(raw: str) -> tuple[int | None, str]:
 def _clean(lines: list[str]) -> str:
     """One line: blanks and control characters to single blanks, without torch's closing advice."""
     text = " ".join("".join(c if c.isprintable() else " " for c in " ".join(lines)).split())
-    for closing in (" If reserved ", " See documentation "):
+    for closing in (" If reserved ", " See documentation ", " Please use `empty_cache`", " Please use empty_cache"):
         text = text.partition(closing)[0]
     return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 3] + "..."
 
 
 def _frames(text: str, start: int, rank: int | None, kind: str) -> tuple[str, ...]:
     """The traceback above the message, innermost last: "loss/loss_utils.py:37 fixed_cross_entropy"."""
-    if kind in ("host", "bitsandbytes", "nccl"):  # printed by the system or by C: what is above is something else's
+    if kind in (
+        "host",
+        "shm",
+        "bitsandbytes",
+        "nccl",
+    ):  # printed by the system or by C: what is above is something else's
         return ()
     found: list[str] = []
     gap = 0
