@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import IO, Any
+from typing import NamedTuple
 
 from vramplan.core.types import OomEvidence
 from vramplan.errors import InputError
+from vramplan.sources.log_stream import Source, blocks_of, opened
 from vramplan.sources.oom_fields import WEAK, kind_of, numbers
 
-BLOCK_BYTES = 2**20
 BEFORE_BYTES, AFTER_BYTES = 2**17, 2**16  # of the log around a hit: traceback before, wrapped lines after
 MAX_LINE, MAX_MESSAGE_LINES, MAX_MESSAGE = 8192, 40, 1200
 MAX_FRAMES, MAX_GAP, MAX_TRACEBACK_LINES = 40, 16, 600
@@ -36,8 +35,8 @@ SHORT = (
 NEEDLES = tuple(needle.encode() for needle in (*LONG, *SHORT))
 # One of these is in each of them: most of a log is searched for fewer strings.
 SHARED = (
-    b"emory", b"llocat", b"per_process", b"CUDA calloc", b"cache", b"OUT_OF_", b"ALLOC_FAILED", b"CUDNN_STATUS", b"illed",
-    b"SIGKILL", b"oom", b" -9", b" 137", b"(137", b"Exit Code: ", b"paging file", b"</torch_",
+    b"emory", b"llocat", b"per_process", b"CUDA calloc", b"cache", b"OUT_OF_", b"ALLOC_FAILED", b"CUDNN_STATUS",
+    b"illed", b"SIGKILL", b"oom", b" -9", b" 137", b"(137", b"Exit Code: ", b"paging file", b"</torch_",
 )  # fmt: skip
 MAX_HITS = 256  # of one string in one block: a log that repeats it thousands of times is not looked at line by line
 SIGNS = {
@@ -65,7 +64,19 @@ _FRAMES = (
     re.compile(r"(?P<file>\S+\.py) in (?P<name>\w+)\("),
 )
 
-Source = Path | str | IO[bytes] | IO[str]
+# When it was: 2026-11-30 12:34:56,789, and without a year as glog ([E1130 12:34:56.789) and vLLM (11-30 12:34:56) do
+_TIME = re.compile(
+    r"(?<!\d)(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d(?:[.,]\d{1,9})?)|"
+    r"(?<!\d)(\d\d)-?(\d\d) (\d\d:\d\d:\d\d(?:[.,]\d{1,9})?)"
+)
+TIME_BYTES = 4096  # above a report in which its time is looked for
+
+
+class Report(NamedTuple):
+    """A report, and when it was, as a text that sorts; "MMDD ..." where the log gives no year."""
+
+    evidence: OomEvidence
+    time: str | None
 
 
 # ------------------------------------------------------------------------------------------------------- streams
@@ -75,9 +86,15 @@ def read_evidence(source: Source) -> OomEvidence | None:
     Of several ranks the first one wins; a report of what asked for memory beats "exit code 137". Memory stays bounded
     whatever the size of the log. InputError if the file cannot be read or is a memory snapshot.
     """
+    report = read_report(source)
+    return None if report is None else report.evidence
+
+
+def read_report(source: Source) -> Report | None:
+    """The same with its time."""
     try:
-        with _opened(source) as stream:
-            return _scan(_blocks(stream))
+        with opened(source) as stream:
+            return _scan(blocks_of(stream))
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path, a closed stream
         raise InputError(f"cannot read {source}: {getattr(error, 'strerror', None) or error}") from None
 
@@ -93,49 +110,13 @@ def parse(text: str) -> OomEvidence | None:
     """The first out-of-memory report in a text; None if there is none. Never raises, whatever the text."""
     strong, weak = _first(text, len(text))
     data = text.encode("utf-8", errors="replace")
-    return _with_signs(strong or weak, {name for name, needle in SIGNS.items() if needle in data})
+    report = _with_signs(strong or weak, {name for name, needle in SIGNS.items() if needle in data})
+    return None if report is None else report.evidence
 
 
-def _opened(source: Source) -> AbstractContextManager[Any]:
-    if not isinstance(source, (str, Path)):
-        return nullcontext(source)
-    path = Path(source)
-    if path.exists() and not (path.is_file() or path.is_fifo()):
-        raise InputError(f"{path} is not a file")
-    return path.open("rb")
-
-
-def _blocks(stream: IO[bytes] | IO[str]) -> Iterator[bytes]:
-    """The stream as UTF-8 in blocks of about a MiB; PowerShell's `>` writes UTF-16."""
-    decoder = None
-    first = True
-    while True:
-        raw = stream.read(BLOCK_BYTES)
-        block = raw.encode("utf-8", errors="replace") if isinstance(raw, str) else bytes(raw or b"")
-        if first:
-            refuse_snapshot(block)
-            if block.startswith((b"\xff\xfe", b"\xfe\xff")):
-                import codecs
-
-                decoder = codecs.getincrementaldecoder("utf-16")(errors="replace")
-            first = False
-        if not block:
-            return
-        yield decoder.decode(block).encode("utf-8", errors="replace") if decoder else block
-
-
-def refuse_snapshot(head: bytes) -> None:
-    """InputError for a pickle or a compressed file by its first bytes."""
-    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        raise InputError(
-            "this is a memory snapshot or another pickle, not a log", "give the snapshot's path, not stdin"
-        )
-    if head[:4] in (b"PK\x03\x04", b"\x1f\x8b\x08\x00", b"\x1f\x8b\x08\x08", b"\x28\xb5\x2f\xfd"):
-        raise InputError("compressed files are not in this version", "unpack it and give the log")
-
-
-def _scan(blocks: Iterator[bytes]) -> OomEvidence | None:
-    before, weak = b"", None
+def _scan(blocks: Iterator[bytes]) -> Report | None:
+    before = b""
+    weak: Report | None = None
     signs: set[str] = set()
     block = next(blocks, b"")
     while block:
@@ -153,28 +134,42 @@ def _scan(blocks: Iterator[bytes]) -> OomEvidence | None:
     return _with_signs(weak, signs)
 
 
-def _with_signs(evidence: OomEvidence | None, signs: set[str]) -> OomEvidence | None:
-    if evidence is None or not signs:
-        return evidence
+def _with_signs(report: Report | None, signs: set[str]) -> Report | None:
+    if report is None or not signs:
+        return report
     from dataclasses import replace
 
-    return replace(evidence, signs=tuple(sorted(signs)))
+    return report._replace(evidence=replace(report.evidence, signs=tuple(sorted(signs))))
 
 
 # ------------------------------------------------------------------------------------------------------- reports
-def _first(text: str, limit: int) -> tuple[OomEvidence | None, OomEvidence | None]:
+def _first(text: str, limit: int) -> tuple[Report | None, Report | None]:
     """The first report that starts before `limit`, and the first of what only tells how the process ended."""
-    weak, done = None, -1
+    weak: Report | None = None
+    done = -1
     for hit in sorted(position for needle in (*LONG, *SHORT) for position in _hits(text, needle, limit)):
         if hit <= done:
             continue
         start = max(text.rfind("\n", 0, hit), text.rfind("\r", 0, hit), hit - 512) + 1
         evidence, end = _report(text, start)
         done = max(end, hit)
-        if evidence is not None and not _is_weak(evidence):
-            return evidence, weak
-        weak = weak or evidence
+        if evidence is None or (weak is not None and is_weak(evidence)):
+            continue
+        report = Report(evidence, _time(text, start, end))
+        if not is_weak(evidence):
+            return report, weak
+        weak = report
     return None, weak
+
+
+def _time(text: str, start: int, end: int) -> str | None:
+    """The time in the report's line, else the last above it."""
+    for part in (text[start : min(end, start + MAX_LINE)], text[max(0, start - TIME_BYTES) : start]):
+        found = [*_TIME.finditer(part)]
+        if found:
+            day, clock, month, date, short = found[-1].groups()
+            return (f"{day} {clock}" if day else f"{month}{date} {short}").replace(",", ".")
+    return None
 
 
 def _hits(text: str, needle: str, limit: int) -> Iterator[int]:
@@ -209,7 +204,7 @@ def _compact(lines: list[str]) -> str:
     return re.sub(r"\s+", "", "".join(lines))
 
 
-def _is_weak(evidence: OomEvidence) -> bool:
+def is_weak(evidence: OomEvidence) -> bool:
     return evidence.kind in ("host", "cudnn") and WEAK.search(_compact([evidence.message])) is not None
 
 

@@ -7,13 +7,15 @@ is referred to twice is read once, and no text reaches the screen with control c
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from vramplan.core import snapshot as core
 from vramplan.core.snapshot import Block, Frames, Segment, Snapshot, TraceEvent
 from vramplan.errors import InputError
 from vramplan.sources import pickle_guard
+from vramplan.sources.unpacked import head_of, read_up_to, unpacked
 
 MAX_NUMBER = 2**63 - 1
 MAX_SETTINGS, MAX_TEXT, MAX_DEPTH, MAX_SAME = 64, 200, 512, 20_000
@@ -31,6 +33,12 @@ ACTIONS = {
 # Of C++ frames only these are kept: everything else repeats what the Python frames say.
 TELLING = ("autograd::Engine", "AccumulateGrad", "getNewWorkspace", "getCUDABlasLtWorkspace", "CUDABlasHandle")
 NOISE = ("_call_impl", "_wrapped_call_impl")
+
+
+class Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -44,21 +52,24 @@ def is_snapshot(head: bytes) -> bool:
 
 
 def is_snapshot_file(path: Path | str) -> bool:
-    """Whether this is a regular file with a snapshot's beginning; False for what cannot be read."""
+    """Whether this is a regular file with a snapshot's beginning, also packed; False for what cannot be read."""
     try:
         if not Path(path).is_file():
             return False
         with Path(path).open("rb") as file:
-            return is_snapshot(file.read(HEAD_BYTES))
+            return is_snapshot(head_of(file.read(HEAD_BYTES)))
     except (OSError, ValueError):
         return False
 
 
-def read_snapshot(path: Path | str) -> Snapshot:
-    """The card of a snapshot that ran out of memory, else the one that holds most. InputError if it is none."""
+def read_snapshot(path: Path | str, stream: Readable | None = None) -> Snapshot:
+    """The card of a snapshot that ran out of memory, else the one that holds most. InputError if it is none.
+
+    With a `stream` that is read, and `path` is what errors call it.
+    """
     try:
-        with Path(path).open("rb") as file:
-            data = file.read(pickle_guard.MAX_BYTES + 1)
+        with Path(path).open("rb") if stream is None else nullcontext(stream) as file:
+            data = read_up_to(file, pickle_guard.MAX_BYTES)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     if len(data) > pickle_guard.MAX_BYTES:
@@ -70,6 +81,10 @@ def read_snapshot(path: Path | str) -> Snapshot:
 def parse(data: bytes, name: str) -> Snapshot:
     """The snapshot in these bytes; `name` is what errors call them."""
     where = f"{name} is no memory snapshot of PyTorch"
+    try:
+        data = unpacked(data, pickle_guard.MAX_BYTES)
+    except InputError as error:
+        raise InputError(f"{where}: {error.message}", error.hint) from None
     with pickle_guard.uncollected():
         value = pickle_guard.load(data, where) if data[:1] == b"\x80" else _json(data, where)
         return _Reader(where).snapshot(value)
