@@ -31,6 +31,7 @@ from vramplan.core.types import (
     UPCASTS,
     DataSpec,
     Diagnosis,
+    Fix,
     GpuProcess,
     Levers,
     Lora,
@@ -313,7 +314,8 @@ def test_the_first_fix_removes_the_first_cause_where_it_fits() -> None:
     need = estimate(TINY, PEFT, CARD).peak.device_bytes
     evidence = report(1000 * MIB, total_bytes=need - 200 * MIB, process_bytes=None, allocated_bytes=need - GIB)
     diagnosis = diagnose(evidence, TINY, PEFT, card(need - 200 * MIB))
-    assert diagnosis.cause_keys[0] == "logits" and diagnosis.fixes[0].title.startswith("fused loss")
+    assert diagnosis.cause_keys[0] == "logits" and diagnosis.fixes[1].title.startswith("fused loss")
+    assert diagnosis.fixes[0].run.recipe == "lean"  # that too, and faster
     assert any(fix.fits and "bf16" in fix.title for fix in diagnosis.fixes[1:])  # cheaper in speed, not the cause
 
 
@@ -323,6 +325,51 @@ def test_without_a_card_the_largest_saving_comes_first() -> None:
     assert all(fix.fits is None for fix in diagnosis.fixes) and diagnosis.budget_bytes is None
     assert [fix.saves_bytes for fix in same] == sorted((fix.saves_bytes for fix in same), reverse=True)
     assert diagnosis.fixes[-1].changes_training
+
+
+LEAN_TITLE = "the lean recipe (fused layers and loss, nothing upcast)"
+
+
+def recipe_fix(run: RunSpec) -> tuple[int, Fix] | None:
+    fixes = diagnose(report(), TINY, run, CARD).fixes
+    return next(((n, fix) for n, fix in enumerate(fixes) if "fused layers" in fix.title), None)
+
+
+def test_a_stock_run_is_offered_the_lean_recipe() -> None:
+    found = recipe_fix(replace(PEFT, levers=replace(PEFT.levers, checkpointing="every-2", attention="eager")))
+    assert found is not None and found[1].title == LEAN_TITLE and not found[1].changes_training
+    assert found[1].run == replace(PEFT, recipe="lean", levers=Levers(checkpointing="every-2"))
+    assert "--recipe" not in found[1].command and "--checkpointing every-2" in found[1].command
+    alone = diagnose(report(), TINY, PEFT).fixes  # without a card the largest saving of levers is the first
+    levers = [fix for fix in alone if fix.run.micro_batch_size == PEFT.micro_batch_size and not fix.changes_training]
+    assert levers[0].title == LEAN_TITLE and levers[0].saves_bytes > levers[1].saves_bytes
+
+
+def test_a_run_that_lacks_only_fused_layers_is_offered_those() -> None:
+    found = recipe_fix(replace(PEFT, recipe="lean", levers=Levers(kernels="stock")))
+    assert found is not None and found[1].title == "fused layers" and found[1].run.levers == Levers()
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        replace(PEFT, recipe="lean", levers=Levers()),
+        replace(PEFT, lora=Lora(dropout=0.1)),  # what has no fused form
+        replace(PEFT, levers=replace(PEFT.levers, optimizer="adafactor")),
+    ],
+)
+def test_where_layers_cannot_be_fused_or_are_the_recipe_is_not_offered(run: RunSpec) -> None:
+    assert recipe_fix(run) is None
+
+
+def test_fragmentation_alone_needs_no_other_recipe() -> None:
+    ledger = estimate(TINY, PEFT, CARD)
+    budget = ledger.peak.device_bytes - 64 * MIB
+    evidence = report(GIB, total_bytes=budget, process_bytes=budget, free_bytes=0, allocated_bytes=4 * GIB,
+                      reserved_unallocated_bytes=2 * GIB)  # fmt: skip
+    diagnosis = diagnose(evidence, TINY, PEFT, card(budget))
+    assert diagnosis.cause_keys[0] == "fragmentation" and diagnosis.fixes[0].title == "expandable segments"
+    assert any(fix.title == LEAN_TITLE and fix.fits for fix in diagnosis.fixes)
 
 
 @given(st.integers(1, 64), st.integers(1, 16))

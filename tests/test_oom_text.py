@@ -12,10 +12,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from vramplan.core.diagnose import diagnose
 from vramplan.core.types import GpuProcess, OomEvidence
 from vramplan.core.units import GIB, MIB
 from vramplan.errors import InputError
-from vramplan.sources.oom_text import BLOCK_BYTES, parse, read_evidence
+from vramplan.sources.log_stream import BLOCK_BYTES
+from vramplan.sources.oom_text import NEEDLES, SHARED, parse, read_evidence
 
 TORCH_2_11_CAP = (  # measured, torch 2.11, set_per_process_memory_fraction
     "CUDA out of memory. Tried to allocate 176.00 MiB. GPU 0 has a total capacity of 139.80 GiB of which 131.13 GiB is "
@@ -94,6 +96,27 @@ REAL: dict[str, tuple[str, dict[str, Any]]] = {
         {"requested_bytes": gib(16), "gpu_index": 0, "total_bytes": gib(15.24), "free_bytes": gib(15.09),
          "allocated_bytes": 0, "reserved_unallocated_bytes": 0},
     ),
+    "XPU, github.com/intel/torch-xpu-ops/issues/3011": (
+        "torch.OutOfMemoryError: XPU out of memory. Tried to allocate 4.66 GiB. GPU 0 has a total capacity of 5.65 GiB of "
+        "which 5.65 GiB is free. Of the allocated memory 195.50 KiB is allocated by PyTorch, and 1.81 MiB is reserved by "
+        "PyTorch but unallocated. Please use `empty_cache` to release all unoccupied cached memory.",
+        {"requested_bytes": gib(4.66), "gpu_index": 0, "total_bytes": gib(5.65), "free_bytes": gib(5.65),
+         "allocated_bytes": 195 * 1024 + 512, "reserved_unallocated_bytes": mib(1.81)},
+    ),
+    "HIP, more free than there is, github.com/ROCm/TheRock/issues/4598": (
+        "torch.OutOfMemoryError: HIP out of memory. Tried to allocate 16.00 GiB. GPU 0 has a total capacity of 15.49 GiB "
+        "of which 84.98 GiB is free. Of the allocated memory 1.67 GiB is allocated by PyTorch, and 8.08 GiB is reserved "
+        "by PyTorch but unallocated. If reserved but unallocated memory is large try setting",
+        {"requested_bytes": gib(16), "gpu_index": 0, "total_bytes": gib(15.49), "free_bytes": gib(84.98),
+         "allocated_bytes": gib(1.67), "reserved_unallocated_bytes": gib(8.08)},
+    ),
+    "spilled on Windows, github.com/YingqianWang/iPASSR/issues/9": (
+        "torch.cuda.OutOfMemoryError: CUDA out of memory. Tried to allocate 10.73 GiB (GPU 0; 8.00 GiB total capacity; "
+        "17.20 GiB already allocated; 0 bytes free; 19.15 GiB reserved in total by PyTorch) If reserved memory is >> "
+        "allocated memory try setting max_split_size_mb to avoid fragmentation.",
+        {"requested_bytes": gib(10.73), "gpu_index": 0, "total_bytes": gib(8), "free_bytes": 0,
+         "allocated_bytes": gib(17.20), "reserved_unallocated_bytes": gib(19.15) - gib(17.20)},
+    ),
 }  # fmt: skip
 
 # Made from the templates of torch's binaries and of the libraries, not seen in anyone's log.
@@ -153,6 +176,92 @@ MADE: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+SEEN: dict[str, tuple[str, str, dict[str, Any]]] = {  # in other people's issues, of those that are not PyTorch's own
+    "XPU, 4 GB, github.com/intel/intel-extension-for-pytorch/issues/629": (
+        "torch",
+        "RuntimeError: Current platform can NOT allocate memory block with size larger than 4GB! Tried to allocate 6.85 "
+        "GiB (GPU  0; 15.56 GiB total capacity; 0 bytes already allocated; 0 bytes reserved in total by PyTorch)",
+        {"requested_bytes": gib(6.85), "gpu_index": 0, "total_bytes": gib(15.56), "allocated_bytes": 0,
+         "reserved_unallocated_bytes": 0},
+    ),
+    "old runtime, github.com/rowanz/neural-motifs/issues/58": (
+        "cuda", "RuntimeError: cuda runtime error (2) : out of memory at /pytorch/aten/src/THC/THCTensorRandom.cu:25", {},
+    ),
+    "tensorview, github.com/junjie18/CMT/issues/15": (
+        "cuda", "failed to RuntimeError: TensorStorage /io/include/tensorview/tensor.h 168\n"
+        "cuda failed with error 2 out of memory. use CUDA_LAUNCH_BLOCKING=1 to get correct traceback.", {},
+    ),
+    "vLLM, github.com/vllm-project/vllm/issues/10439": (
+        "vllm",
+        'vllm-1  | ERROR 11-18 18:07:28 engine.py:366]     raise ValueError("No available memory for the cache blocks. "\n'
+        "vllm-1  | ERROR 11-18 18:07:28 engine.py:366] ValueError: No available memory for the cache blocks. Try "
+        "increasing `gpu_memory_utilization` when initializing the engine.", {},
+    ),
+    "vLLM, one request, github.com/vllm-project/vllm/issues/16118": (
+        "vllm",
+        "ERROR 04-05 01:12:55 [core.py:390] ValueError: To serve at least one request with the models's max seq len "
+        "(1048576), (24.00 GiB KV cache is needed, which is larger than the available KV cache memory (9.97 GiB). Try "
+        "increasing `gpu_memory_utilization` or decreasing `max_model_len` when initializing the engine.",
+        {"requested_bytes": gib(24), "free_bytes": gib(9.97)},
+    ),
+    "vLLM 0.2, github.com/vllm-project/vllm/issues/2418": (
+        "vllm",
+        "ValueError: The model's max seq len (4096) is larger than the maximum number of tokens that can be stored in KV "
+        "cache (3664). Try increasing `gpu_memory_utilization` or decreasing `max_model_len` when", {},
+    ),
+    "shm, github.com/open-mmlab/mmsegmentation/issues/1356": (
+        "shm", "ERROR: Unexpected bus error encountered in worker. This might be caused by insufficient shared memory (shm)",
+        {},
+    ),
+    "shm by its worker, github.com/THU-DA-6D-Pose-Group/GDR-Net/issues/16": (
+        "shm",
+        "RuntimeError: DataLoader worker (pid 3216) is killed by signal: Bus error. It is possible that dataloader's "
+        "workers are out of shared memory. Please try to raise your shared memory limit.", {},
+    ),
+    "shm is full, github.com/idiap/ESLAM/issues/20": (
+        "shm", "RuntimeError: unable to write to file </torch_31911_952036340_6686>: No space left on device (28)", {},
+    ),
+    "a worker was killed, github.com/mittagessen/kraken/issues/266": (
+        "host", "RuntimeError: DataLoader worker (pid 22048) is killed by signal: Killed.", {},
+    ),
+    "Slurm, github.com/chrisknewman/tusas/issues/149": (
+        "host", "slurmstepd: error: Detected 1 oom_kill event in StepId=440575.0. Some of the step tasks have been OOM Killed.",
+        {},
+    ),
+    "Slurm, older, github.com/hafs-community/HAFS/issues/101": (
+        "host", "slurmstepd: error: Detected 1 oom-kill event(s) in step 3495064.0 cgroup. Some of your processes may have "
+        "been killed by the cgroup out-of-memory handler.", {},
+    ),
+    "systemd-oomd, github.com/systemd/systemd/issues/23606": (
+        "host",
+        "Dec 18 19:34:56 user-desktop systemd-oomd[840]: Killed /user.slice/user-1001.slice/user@1001.service/app.slice/"
+        "app-org.gnome.Terminal.slice/vte-spawn-dbb4a75e-031f-480d-924b-5de5af7579d2.scope due to memory pressure for "
+        "/user.slice/user-1001.slice/user@1001.service being 51.07% > 50.00% for > 20s with reclaim activity", {},
+    ),
+    "systemd, the same": (
+        "host", "Dec 18 19:34:56 user-desktop systemd[1837]: vte-spawn-dbb4a75e.scope: systemd-oomd killed 12 process(es) in "
+        "this unit.", {},
+    ),
+    "Kubernetes, github.com/kubernetes/kubernetes/issues/131530": (
+        "host", "State:          Terminated\n  Reason:       OOMKilled\n  Exit Code:    0", {},
+    ),
+    "Kubernetes evicts, github.com/kubeflow/kubeflow/issues/1261": (
+        "host", "The node was low on resource: memory.", {},
+    ),
+    "flyte, github.com/flyteorg/flyte/issues/2376": (
+        "host", "[f8107735c673549d7acd-n0-0] terminated with exit code (137). Reason [Error]. Message:", {},
+    ),
+    "DeepSpeed, github.com/deepspeedai/DeepSpeed/issues/3232": (
+        "host", "[2023-04-14 13:11:27,885] [ERROR] [launch.py:434:sigkill_handler] ['/usr/bin/python3', '-u', 'main.py', "
+        "'--deepspeed', '--output_dir', '/content/output'] exits with return code = -9", {},
+    ),
+    "a kernel log, github.com/gensyn-ai/rl-swarm/issues/463": (
+        "host", "[597411.196310] p2pd invoked oom-killer: gfp_mask=0x140cca(GFP_HIGHUSER_MOVABLE|__GFP_COMP), order=0, "
+        "oom_score_adj=0", {},
+    ),
+}  # fmt: skip
+
+
 def numbers_of(evidence: OomEvidence | None) -> dict[str, Any]:
     assert evidence is not None
     return {name: value for name in NUMBERS if (value := getattr(evidence, name)) not in (None, ())}
@@ -175,6 +284,39 @@ def test_texts_made_from_templates(name: str) -> None:
     assert numbers_of(evidence) == expected
 
 
+@pytest.mark.parametrize("name", SEEN)
+def test_texts_of_other_people(name: str) -> None:
+    kind, text, expected = SEEN[name]
+    for whole in (f"loading ...\n{text}", f"[rank3]: {text}".replace("\n", "\n[rank3]: ")):
+        evidence = parse(whole)
+        assert evidence is not None and evidence.kind == kind
+        assert numbers_of(evidence) == expected
+
+
+def test_every_string_that_is_searched_for_has_a_shared_one() -> None:
+    """A block without any of the latter is not searched for the former."""
+    assert [needle for needle in NEEDLES if not any(part in needle for part in SHARED)] == []
+
+
+@pytest.mark.parametrize("name", [*REAL, *MADE, *SEEN])
+def test_what_is_parsed_is_found_in_a_stream(name: str) -> None:
+    text = REAL[name][0] if name in REAL else (MADE | SEEN)[name][1]
+    data = b"x\n" * 100 + text.encode() + b"\n"
+    found = read_evidence(io.BytesIO(data))
+    assert found is not None and numbers_of(found) == numbers_of(parse(text))
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("shm, github.com/open-mmlab/mmsegmentation/issues/1356", "shared_memory"),
+     ("vLLM, one request, github.com/vllm-project/vllm/issues/16118", "kv_cache"),
+     ("Kubernetes, github.com/kubernetes/kubernetes/issues/131530", "host_memory")],
+)  # fmt: skip
+def test_what_is_not_the_cards_memory_has_advice_of_its_own(name: str, key: str) -> None:
+    evidence = parse(SEEN[name][1])
+    assert evidence is not None and diagnose(evidence).cause_keys[0] == key
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -186,6 +328,9 @@ def test_texts_made_from_templates(name: str) -> None:
         "triton.runtime.errors.OutOfResources: out of resource: shared memory, Required: 131072",
         'if "CUDA out of memory" in str(error):',
         "finished with exit code: 1",
+        '"OOMKilled": false,',
+        "RuntimeError: DataLoader worker (pid 25902) is killed by signal: Segmentation fault",
+        'raise ValueError("No available memory for the cache blocks. "',
     ],
 )
 def test_what_is_no_report(text: str) -> None:
@@ -197,7 +342,7 @@ def test_what_is_no_report(text: str) -> None:
 @example(20, "torch 2.11, cap", "[rank1]: ")
 def test_lines_broken_anywhere_change_nothing(width: int, name: str, prefix: str) -> None:
     text, expected = REAL[name]
-    text = text[text.index("CUDA out") if "CUDA out" in text else text.index("HIP out") :]
+    text = text[max(text.find(f"{who} out") for who in ("CUDA", "HIP", "XPU")) :]
     lines = [text[i : i + width] for i in range(0, len(text), width)]
     evidence = parse("before\n" + "\n".join(prefix + line for line in lines) + "\n\nafter")
     assert numbers_of(evidence) == expected
@@ -390,8 +535,8 @@ def test_what_cannot_be_read(name: str, tmp_path: Path) -> None:
     ("head", "word"),
     [
         (b"\x80\x04\x95", "snapshot"),
-        (b"PK\x03\x04", "not in this version"),
-        (b"\x1f\x8b\x08\x00", "not in this version"),
+        (b"PK\x03\x04", "only gzip"),
+        (b"\x1f\x8b\x08\x00" + b"\xff" * 20, "cannot be unpacked"),
     ],
 )
 def test_snapshots_and_archives_are_no_log(head: bytes, word: str) -> None:
@@ -428,6 +573,6 @@ def test_any_bytes_are_survived(data: bytes) -> None:
     try:
         evidence = read_evidence(io.BytesIO(data))
     except InputError as error:
-        assert data[:1] in (b"\x80", b"P", b"\x1f", b"\x28") and "not in this version" in error.message
+        assert data[:1] in (b"\x80", b"P", b"\x1f", b"\x28", b"\xfd", b"B"), error.message
     else:
         assert evidence is None or evidence.message

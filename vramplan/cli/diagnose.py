@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vramplan.cli import build, options, pictures
+from vramplan.cli.diagnosed import Given, sort_paths
 from vramplan.cli.output import print_json
 from vramplan.core.types import SCHEMA_VERSION, GpuProfile, ModelSpec, OomEvidence, Plan, RunSpec, Unplannable
 from vramplan.errors import OK, InputError, VramplanError
@@ -35,39 +36,29 @@ NOT_FOUND = "No out-of-memory report found in {}."
 @click.pass_context
 def command(ctx: click.Context, /, **params: Any) -> int:
     """Say why a run went out of memory and which change fixes it, from its log (- reads stdin), its run folder
-    or a memory snapshot of PyTorch; a log and a snapshot of the same run can be given together."""
+    or a memory snapshot of PyTorch, any of them packed by gzip; or from several of the same run, one per rank: the
+    first that failed is the cause."""
     pictures.check(params)
-    path, snapshot_path = _sorted(params["paths"])
-    folder = Path(path) if path not in (None, "-") and Path(path or "").is_dir() else None
-    run, card = _run_and_card(ctx, params, folder)
+    given = sort_paths(params["paths"])
+    run, card = _run_and_card(ctx, params, given.folder)
     if pictures.wanted(params) and run is None:
         raise InputError("--svg and --html draw a run's step", "say what ran: --run FILE, --model NAME, a run folder")
-    diagnosis = _explained(params, path, snapshot_path, folder, run, card)
+    diagnosis = _explained(params, given, run, card)
     if pictures.wanted(params):
-        _draw(params, run, card, folder, diagnosis)
+        _draw(params, run, card, given.folder, diagnosis)
     return OK
 
 
-def _explained(
-    params: build.Params,
-    path: str | None,
-    snapshot_path: str | None,
-    folder: Path | None,
-    run: RunSpec | None,
-    card: GpuProfile | None,
-) -> Diagnosis | None:
-    """What the log and the snapshot say, printed. None: there is no out-of-memory report in them."""
-    from vramplan.sources.oom_text import read_evidence, read_run_evidence
-
-    if path is None:
-        return show_snapshot(snapshot_path or "", None, run, card, as_json=params["as_json"], width=params["width"])
-    if folder is not None and not (folder / LOG).is_file():
-        raise InputError(f"{folder} is not a run folder: it holds no {LOG}", "give the log itself")
-    evidence = read_run_evidence(folder) if folder else read_evidence(sys.stdin.buffer if path == "-" else path)
-    if snapshot_path is not None:
-        return show_snapshot(snapshot_path, evidence, run, card, as_json=params["as_json"], width=params["width"])
+def _explained(params: build.Params, given: Given, run: RunSpec | None, card: GpuProfile | None) -> Diagnosis | None:
+    """What the logs and the snapshot say, printed. None: there is no out-of-memory report in them."""
+    evidence = _evidence(given)
+    if given.snapshots or given.snapshot_stream is not None:
+        path = str(given.snapshots[0]) if given.snapshots else "stdin"
+        return show_snapshot(path, evidence, run, card, as_json=params["as_json"], width=params["width"],
+                             stream=given.snapshot_stream)  # fmt: skip
     if evidence is None:
-        _say_nothing_found("stdin" if path == "-" else path, as_json=params["as_json"])
+        where = ", ".join("stdin" if path == "-" else path for path in params["paths"][:3])
+        _say_nothing_found(where, as_json=params["as_json"])
         return None
     return show(evidence, run, card, as_json=params["as_json"], width=params["width"])
 
@@ -88,18 +79,19 @@ def _draw(
     pictures.draw_run(params, estimate(model, run, card), card, folder, diagnosis)
 
 
-def _sorted(paths: tuple[str, ...]) -> tuple[str | None, str | None]:
-    """(log or run folder, snapshot) of what was given, told apart by what the files hold."""
-    from vramplan.sources.snapshot import is_snapshot_file
+def _evidence(given: Given) -> OomEvidence | None:
+    """The report of the rank that failed first, the others named in a note."""
+    from vramplan.sources.log_files import others_text, reports
+    from vramplan.sources.oom_text import read_evidence, read_run_evidence
 
-    logs: list[str] = []
-    snapshots: list[str] = []
-    for path in paths:
-        (snapshots if path != "-" and is_snapshot_file(path) else logs).append(path)
-    for found, what in ((logs, "logs"), (snapshots, "snapshots")):
-        if len(found) > 1:
-            raise InputError(f"{found[0]} and {found[1]} are two {what}", "give one log, one snapshot, or one of each")
-    return next(iter(logs), None), next(iter(snapshots), None)
+    if given.stream is not None:
+        return read_evidence(given.stream)
+    if given.folder is not None and not given.logs:
+        return read_run_evidence(given.folder)
+    found = reports(given.logs)
+    if len(found) > 1:
+        build.note(others_text(found))
+    return found[0].evidence if found else None
 
 
 def _run_and_card(
@@ -205,6 +197,7 @@ def show_snapshot(
     *,
     as_json: bool = False,
     width: int | None = None,
+    stream: Any = None,
 ) -> Diagnosis | None:
     """The holders of a snapshot, then the diagnosis of its out-of-memory event, or of the log's report if there is one:
     the report's numbers come first, the snapshot adds what it does not say."""
@@ -213,9 +206,10 @@ def show_snapshot(
     from vramplan.sources.snapshot import read_snapshot
 
     with uncollected():
-        snapshot = read_snapshot(path)
+        snapshot = read_snapshot(path, stream)
         held = holdings(snapshot)
-    evidence = evidence_of(snapshot, held)
+        evidence = evidence_of(snapshot, held)
+        del snapshot  # before the collector of cycles walks through it
     if report is not None:
         evidence = _joined(report, evidence)
     if evidence is not None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from .inverse import NOTHING, Known
 from .types import Fix, GpuProcess, GpuProfile, Holdings, Ledger, ModelSpec, OomEvidence, RunSpec
 
+NOT_THE_CARD = ("host", "shm")  # kinds of report that no change of the run's memory on the card removes
+
 
 @dataclass(slots=True)
 class Case:

@@ -6,9 +6,10 @@ tensors of the played step and every fix is estimated in full; with a snapshot, 
 
 from __future__ import annotations
 
-from .case import Case
+from .case import NOT_THE_CARD, Case
 from .causes import TEXT_RULES, Finding, full
 from .inverse import NOTHING, Known
+from .other_causes import OTHER_RULES
 from .types import Diagnosis, Fix, GpuProfile, Holdings, ModelSpec, OomEvidence, RunSpec
 from .units import GIB, MIB, human
 
@@ -43,11 +44,11 @@ def diagnose(
 
         case.card = gpu or NO_CARD
         case.ledger = estimate(model, run, case.card)
-        if evidence.kind != "host":
+        if evidence.kind not in NOT_THE_CARD:
             pricer = Pricer(model, case.ledger, case.card, case.budget_bytes)
             case.fixes = pricer.fixes()
             case.saved, case.floor_bytes = pricer.saved, pricer.floor_bytes
-    findings = [finding for rule in TEXT_RULES for finding in rule(case)]
+    findings = [finding for rule in (*TEXT_RULES, *OTHER_RULES) for finding in rule(case)]
     if case.ledger is not None:
         from .run_causes import RUN_RULES
         from .script_causes import SCRIPT_RULES, symptoms
@@ -170,7 +171,7 @@ def _more(case: Case) -> list[str]:
             "the run: --run run.json, or --model NAME with the flags of vramplan estimate; "
             "then sizes are matched with tensors and fixes are priced"
         )
-    if evidence.kind == "host":
+    if evidence.kind in NOT_THE_CARD:
         return out
     if evidence.requested_bytes is None:
         out.append("the whole message: this one does not say how much was asked for")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from .allocator import GRANULE, SMALL_REQUEST, SMALL_SEGMENT, segment_bytes
+from .case import NOT_THE_CARD
 from .causes import PROVEN, Finding, phase_of, telling
 from .fixes import LEAST_SEQ_LEN
 from .room import Quick, largest
@@ -131,7 +132,7 @@ def against_prediction(case: Case) -> Iterator[Finding]:
     if case.ledger is None or case.budget_bytes is None or case.run is None or case.model is None:
         return
     peak = case.ledger.peak
-    if case.evidence.kind == "host" or peak.device_bytes > case.budget_bytes:
+    if case.evidence.kind in NOT_THE_CARD or peak.device_bytes > case.budget_bytes:
         return
     used = (case.evidence.allocated_bytes or 0) + (case.evidence.requested_bytes or 0)
     fits = f"As described, the run needs {human(peak.device_bytes)} and fits {human(case.budget_bytes)}"
@@ -177,7 +178,7 @@ def explanations(case: Case, used: int) -> list[str]:
 
 def too_large(case: Case) -> Iterator[Finding]:
     """Nothing fits, or nothing that leaves training as it is."""
-    if case.ledger is None or case.budget_bytes is None or case.evidence.kind == "host":
+    if case.ledger is None or case.budget_bytes is None or case.evidence.kind in NOT_THE_CARD:
         return
     need = case.ledger.peak.device_bytes
     fitting = [fix for fix in case.fixes if fix.fits]

@@ -733,9 +733,9 @@ class Measurement(Value):
 class OomEvidence(Value):
     """The numbers in an out-of-memory report. None: the report does not say.
 
-    `kind` is who wrote it: torch, cudaMallocAsync, cuda, cublas, cudnn, triton, nccl, bitsandbytes, or host (the
-    computer's memory, not the card's). `frames` are "file.py:line function", innermost last; `signs` are what else
-    the log says: checkpointing_inactive, float32_compute.
+    `kind` is who wrote it: torch, cudaMallocAsync, cuda, cublas, cudnn, triton, nccl, bitsandbytes, vllm, or host and
+    shm (the computer's memory and /dev/shm, not the card's). `frames` are "file.py:line function", innermost last;
+    `signs` are what else the log says: checkpointing_inactive, float32_compute.
     """
 
     message: str

@@ -16,6 +16,8 @@ from vramplan.report import tables
 SHOWN_CAUSES, SHOWN_FIXES = 5, 8
 KINDS = {
     "host": "Out of host memory",
+    "shm": "Out of shared memory",
+    "vllm": "No memory for vLLM's cache",
     "bitsandbytes": "Out of memory in bitsandbytes",
     "nccl": "Out of memory in NCCL",
     "cublas": "Out of memory in cuBLAS",

@@ -20,6 +20,10 @@ _SIZE = r"(\d{1,20}(?:\.\d{1,9})?(?:bytes|[KMGT]i?B|B))"
 # kind -> what its message holds. The first that matches decides; torch's text with numbers comes first.
 KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("host", re.compile(r"DefaultCPUAllocator:(?:can'tallocatememory|notenoughmemory)", re.I)),
+    ("shm", re.compile(r"insufficientsharedmemory\(shm\)|workersareoutofsharedmemory|unabletowritetofile</torch_",
+                       re.I)),
+    ("vllm", re.compile(r"ValueError:(?:Noavailablememoryforthecacheblocks|.{0,400}largerthan(?:theavailableKVcache"
+                        r"memory|themaximumnumberoftokensthatcanbestoredinKVcache))", re.I)),
     ("torch", re.compile(rf"TriedtoAllocate(?:{_SIZE}|morethan1EBmemory)", re.I)),
     ("torch", re.compile(r"Allocationwaspreemptivelyrejected|exceedper_process_memory_fraction", re.I)),
     ("cudaMallocAsync", re.compile(r"Allocationondevice\d*wouldexceedallowedmemory", re.I)),
@@ -29,23 +33,28 @@ KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
                         re.I)),
     ("cublas", re.compile(r"CU(?:BLAS|SPARSE|SOLVER)_STATUS_ALLOC_FAILED")),
     ("cudnn", re.compile(r"CUDNN_STATUS_(?:ALLOC_FAILED|INTERNAL_ERROR)")),
-    ("cuda", re.compile(r"(?:CUDA|HIP)(?:driver|runtime)?error:outofmemory|CUDA_ERROR_OUT_OF_MEMORY|"
-                        r"cudaErrorMemoryAllocation|hipErrorOutOfMemory", re.I)),
+    ("cuda", re.compile(r"(?:CUDA|HIP)(?:driver|runtime)?error(?:\(\d+\))?:outofmemory|CUDA_ERROR_OUT_OF_MEMORY|"
+                        r"cudaErrorMemoryAllocation|hipErrorOutOfMemory|cudafailedwitherror2outofmemory|"
+                        r"UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY", re.I)),
     ("torch", re.compile(r"\A(?:[\w.]*(?:Error|Exception):)?(?:CUDA|HIP|XPU)outofmemory", re.I)),
     ("torch", re.compile(r"\A(?:torch\.)?(?:cuda\.)?OutOfMemoryError(?::|\Z)")),
-    ("host", re.compile(r"exit(?:ed)?(?:with)?(?:code|status):?(?:-9|137)\b|<Signals\.SIGKILL|Signal9\(SIGKILL\)|"
-                        r"Outofmemory:Killedprocess|oom[-_]kill|Cannotallocatememory|\AMemoryError(?::|\Z)|"
+    ("host", re.compile(r"exit(?:s|ed)?(?:with)?(?:return|status)?(?:code|status)[:=]?\(?(?:-9|137)\b|"
+                        r"<Signals\.SIGKILL|Signal9\(SIGKILL\)|Outofmemory:Killedprocess|oom[-_]kill|OOMKilled(?!\W*false)|"
+                        r"systemd-oomd(?:\[\d+\]:)?Killed|lowonresource:memory|runninglowonmemory|"
+                        r"iskilledbysignal:Killed|pagingfileistoosmall|Cannotallocatememory|\AMemoryError(?::|\Z)|"
                         r"ArrayMemoryError:|\AKilled\Z|line\d+:\d+Killed", re.I)),
 )  # fmt: skip
 
 # Told by what ended the process, not by what asked for memory; the log may say it better elsewhere.
-WEAK = re.compile(r"CUDNN_STATUS_INTERNAL_ERROR|exit|SIGKILL|\AKilled|Killed\Z", re.I)
+WEAK = re.compile(r"CUDNN_STATUS_INTERNAL_ERROR|exit|SIGKILL|\AKilled|Killed\Z|bysignal:Killed", re.I)
 
 _PATTERNS = {
     "requested_bytes": (rf"TriedtoAllocate{_SIZE}", rf"Requestedsize:?{_SIZE}", rf"Requested:{_SIZE}",
-                        rf"FailedtoCUDAcalloc(?:async)?{_SIZE}", rf"Unabletoallocate{_SIZE}"),
+                        rf"FailedtoCUDAcalloc(?:async)?{_SIZE}", rf"Unabletoallocate{_SIZE}",
+                        rf"{_SIZE}KVcacheisneeded"),
     "total_bytes": (rf"totalcapaci?tyof{_SIZE}", rf";{_SIZE}totalcapacity", rf"Devicelimit:{_SIZE}"),
-    "free_bytes": (rf"ofwhich{_SIZE}", rf";{_SIZE}free", rf"Free\(accordingtoCUDA\):{_SIZE}"),
+    "free_bytes": (rf"ofwhich{_SIZE}", rf";{_SIZE}free", rf"Free\(accordingtoCUDA\):{_SIZE}",
+                   rf"availableKVcachememory\({_SIZE}"),
     "process_bytes": (rf"thisprocesshas{_SIZE}",),
     "allowed_bytes": (rf"{_SIZE}allowed;", rf"PyTorchlimit\([^)]*\):{_SIZE}"),
     "allocated_bytes": (rf"Oftheallocatedmemory{_SIZE}", rf";{_SIZE}alreadyallocated", rf"Currentlyallocated:{_SIZE}"),

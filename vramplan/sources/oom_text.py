@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import IO, Any
+from typing import NamedTuple
 
 from vramplan.core.types import OomEvidence
 from vramplan.errors import InputError
+from vramplan.sources.log_stream import Source, blocks_of, opened
 from vramplan.sources.oom_fields import WEAK, kind_of, numbers
 
-BLOCK_BYTES = 2**20
 BEFORE_BYTES, AFTER_BYTES = 2**17, 2**16  # of the log around a hit: traceback before, wrapped lines after
 MAX_LINE, MAX_MESSAGE_LINES, MAX_MESSAGE = 8192, 40, 1200
 MAX_FRAMES, MAX_GAP, MAX_TRACEBACK_LINES = 40, 16, 600
@@ -25,13 +24,20 @@ MAX_FRAMES, MAX_GAP, MAX_TRACEBACK_LINES = 40, 16, 600
 # cut off by a line break, the others say what they say on one line.
 LONG = (
     "out of memory", "OutOfMemory", "Tried to allocate", "exceed allowed memory", "exceed per_process", "CUDA calloc",
+    "KV cache", "cache blocks",
 )  # fmt: skip
 SHORT = (
     "OUT_OF_MEMORY", "ALLOC_FAILED", "CUDNN_STATUS_INTERNAL", "MemoryAllocation", "allocate memory", "MemoryError",
-    "Out of memory", "Killed", "SIGKILL", "oom-kill", "oom_kill", "code: -9", "code  : -9", "status -9", "code 137",
-    "status 137", "code: 137", "Exit Code: ",
+    "Out of memory", "Killed", "SIGKILL", "oom-kill", "oom_kill", "code: -9", "code  : -9", "code = -9", "status -9",
+    "code 137", "status 137", "code: 137", "code (137)", "Exit Code: ", "oomd killed", "low on resource: memory",
+    "running low on memory", "paging file is too small", "shared memory", "</torch_", "OUT_OF_DEVICE_MEMORY",
 )  # fmt: skip
 NEEDLES = tuple(needle.encode() for needle in (*LONG, *SHORT))
+# One of these is in each of them: most of a log is searched for fewer strings.
+SHARED = (
+    b"emory", b"llocat", b"per_process", b"CUDA calloc", b"cache", b"OUT_OF_", b"ALLOC_FAILED", b"CUDNN_STATUS",
+    b"illed", b"SIGKILL", b"oom", b" -9", b" 137", b"(137", b"Exit Code: ", b"paging file", b"</torch_",
+)  # fmt: skip
 MAX_HITS = 256  # of one string in one block: a log that repeats it thousands of times is not looked at line by line
 SIGNS = {
     "checkpointing_inactive": b"None of the inputs have requires_grad=True",  # torch.utils.checkpoint
@@ -50,7 +56,7 @@ _STAMP = re.compile(
 )
 _STOP = re.compile(r'Traceback \(most|\s*File "|During handling|The above exception|[\w.]*(?:Error|Exception|Warning):')
 _COMPLETE = re.compile(r"butunallocated\.|reservedintotalbyPyTorch\)|memoryfraction\):\S+$|CUDAcalloc\D*\d+bytes")
-MANY_LINES = ("torch", "cudaMallocAsync", "nccl")  # all others say everything on their first line
+MANY_LINES = ("torch", "cudaMallocAsync", "nccl", "vllm")  # all others say everything on their first line
 _FRAMES = (
     re.compile(r'File "(?P<file>[^"\n]+)", line (?P<line>\d+), in (?P<name>[^\s(]+)'),
     re.compile(r"File (?P<file>\S+?):(?P<line>\d+), in (?P<name>\w+)"),
@@ -58,7 +64,19 @@ _FRAMES = (
     re.compile(r"(?P<file>\S+\.py) in (?P<name>\w+)\("),
 )
 
-Source = Path | str | IO[bytes] | IO[str]
+# When it was: 2026-11-30 12:34:56,789, and without a year as glog ([E1130 12:34:56.789) and vLLM (11-30 12:34:56) do
+_TIME = re.compile(
+    r"(?<!\d)(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d(?:[.,]\d{1,9})?)|"
+    r"(?<!\d)(\d\d)-?(\d\d) (\d\d:\d\d:\d\d(?:[.,]\d{1,9})?)"
+)
+TIME_BYTES = 4096  # above a report in which its time is looked for
+
+
+class Report(NamedTuple):
+    """A report, and when it was, as a text that sorts; "MMDD ..." where the log gives no year."""
+
+    evidence: OomEvidence
+    time: str | None
 
 
 # ------------------------------------------------------------------------------------------------------- streams
@@ -68,9 +86,15 @@ def read_evidence(source: Source) -> OomEvidence | None:
     Of several ranks the first one wins; a report of what asked for memory beats "exit code 137". Memory stays bounded
     whatever the size of the log. InputError if the file cannot be read or is a memory snapshot.
     """
+    report = read_report(source)
+    return None if report is None else report.evidence
+
+
+def read_report(source: Source) -> Report | None:
+    """The same with its time."""
     try:
-        with _opened(source) as stream:
-            return _scan(_blocks(stream))
+        with opened(source) as stream:
+            return _scan(blocks_of(stream))
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path, a closed stream
         raise InputError(f"cannot read {source}: {getattr(error, 'strerror', None) or error}") from None
 
@@ -86,56 +110,20 @@ def parse(text: str) -> OomEvidence | None:
     """The first out-of-memory report in a text; None if there is none. Never raises, whatever the text."""
     strong, weak = _first(text, len(text))
     data = text.encode("utf-8", errors="replace")
-    return _with_signs(strong or weak, {name for name, needle in SIGNS.items() if needle in data})
+    report = _with_signs(strong or weak, {name for name, needle in SIGNS.items() if needle in data})
+    return None if report is None else report.evidence
 
 
-def _opened(source: Source) -> AbstractContextManager[Any]:
-    if not isinstance(source, (str, Path)):
-        return nullcontext(source)
-    path = Path(source)
-    if path.exists() and not (path.is_file() or path.is_fifo()):
-        raise InputError(f"{path} is not a file")
-    return path.open("rb")
-
-
-def _blocks(stream: IO[bytes] | IO[str]) -> Iterator[bytes]:
-    """The stream as UTF-8 in blocks of about a MiB; PowerShell's `>` writes UTF-16."""
-    decoder = None
-    first = True
-    while True:
-        raw = stream.read(BLOCK_BYTES)
-        block = raw.encode("utf-8", errors="replace") if isinstance(raw, str) else bytes(raw or b"")
-        if first:
-            refuse_snapshot(block)
-            if block.startswith((b"\xff\xfe", b"\xfe\xff")):
-                import codecs
-
-                decoder = codecs.getincrementaldecoder("utf-16")(errors="replace")
-            first = False
-        if not block:
-            return
-        yield decoder.decode(block).encode("utf-8", errors="replace") if decoder else block
-
-
-def refuse_snapshot(head: bytes) -> None:
-    """InputError for a pickle or a compressed file by its first bytes."""
-    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        raise InputError(
-            "this is a memory snapshot or another pickle, not a log", "give the snapshot's path, not stdin"
-        )
-    if head[:4] in (b"PK\x03\x04", b"\x1f\x8b\x08\x00", b"\x1f\x8b\x08\x08", b"\x28\xb5\x2f\xfd"):
-        raise InputError("compressed files are not in this version", "unpack it and give the log")
-
-
-def _scan(blocks: Iterator[bytes]) -> OomEvidence | None:
-    before, weak = b"", None
+def _scan(blocks: Iterator[bytes]) -> Report | None:
+    before = b""
+    weak: Report | None = None
     signs: set[str] = set()
     block = next(blocks, b"")
     while block:
         following = next(blocks, b"")
         edge = block + following[:64]
         signs |= {name for name, needle in SIGNS.items() if needle in edge}
-        if any(needle in edge for needle in NEEDLES):
+        if any(part in edge for part in SHARED) and any(needle in edge for needle in NEEDLES):
             here = (before + block).decode("utf-8", errors="replace")
             strong, other = _first(here + following[:AFTER_BYTES].decode("utf-8", errors="replace"), len(here))
             if strong is not None:
@@ -146,28 +134,42 @@ def _scan(blocks: Iterator[bytes]) -> OomEvidence | None:
     return _with_signs(weak, signs)
 
 
-def _with_signs(evidence: OomEvidence | None, signs: set[str]) -> OomEvidence | None:
-    if evidence is None or not signs:
-        return evidence
+def _with_signs(report: Report | None, signs: set[str]) -> Report | None:
+    if report is None or not signs:
+        return report
     from dataclasses import replace
 
-    return replace(evidence, signs=tuple(sorted(signs)))
+    return report._replace(evidence=replace(report.evidence, signs=tuple(sorted(signs))))
 
 
 # ------------------------------------------------------------------------------------------------------- reports
-def _first(text: str, limit: int) -> tuple[OomEvidence | None, OomEvidence | None]:
+def _first(text: str, limit: int) -> tuple[Report | None, Report | None]:
     """The first report that starts before `limit`, and the first of what only tells how the process ended."""
-    weak, done = None, -1
+    weak: Report | None = None
+    done = -1
     for hit in sorted(position for needle in (*LONG, *SHORT) for position in _hits(text, needle, limit)):
         if hit <= done:
             continue
         start = max(text.rfind("\n", 0, hit), text.rfind("\r", 0, hit), hit - 512) + 1
         evidence, end = _report(text, start)
         done = max(end, hit)
-        if evidence is not None and not _is_weak(evidence):
-            return evidence, weak
-        weak = weak or evidence
+        if evidence is None or (weak is not None and is_weak(evidence)):
+            continue
+        report = Report(evidence, _time(text, start, end))
+        if not is_weak(evidence):
+            return report, weak
+        weak = report
     return None, weak
+
+
+def _time(text: str, start: int, end: int) -> str | None:
+    """The time in the report's line, else the last above it."""
+    for part in (text[start : min(end, start + MAX_LINE)], text[max(0, start - TIME_BYTES) : start]):
+        found = [*_TIME.finditer(part)]
+        if found:
+            day, clock, month, date, short = found[-1].groups()
+            return (f"{day} {clock}" if day else f"{month}{date} {short}").replace(",", ".")
+    return None
 
 
 def _hits(text: str, needle: str, limit: int) -> Iterator[int]:
@@ -202,7 +204,7 @@ def _compact(lines: list[str]) -> str:
     return re.sub(r"\s+", "", "".join(lines))
 
 
-def _is_weak(evidence: OomEvidence) -> bool:
+def is_weak(evidence: OomEvidence) -> bool:
     return evidence.kind in ("host", "cudnn") and WEAK.search(_compact([evidence.message])) is not None
 
 
@@ -259,14 +261,19 @@ def _split_prefix(raw: str) -> tuple[int | None, str]:
 def _clean(lines: list[str]) -> str:
     """One line: blanks and control characters to single blanks, without torch's closing advice."""
     text = " ".join("".join(c if c.isprintable() else " " for c in " ".join(lines)).split())
-    for closing in (" If reserved ", " See documentation "):
+    for closing in (" If reserved ", " See documentation ", " Please use `empty_cache`", " Please use empty_cache"):
         text = text.partition(closing)[0]
     return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 3] + "..."
 
 
 def _frames(text: str, start: int, rank: int | None, kind: str) -> tuple[str, ...]:
     """The traceback above the message, innermost last: "loss/loss_utils.py:37 fixed_cross_entropy"."""
-    if kind in ("host", "bitsandbytes", "nccl"):  # printed by the system or by C: what is above is something else's
+    if kind in (
+        "host",
+        "shm",
+        "bitsandbytes",
+        "nccl",
+    ):  # printed by the system or by C: what is above is something else's
         return ()
     found: list[str] = []
     gap = 0

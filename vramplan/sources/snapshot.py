@@ -7,14 +7,15 @@ is referred to twice is read once, and no text reaches the screen with control c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from vramplan.core import snapshot as core
 from vramplan.core.snapshot import Block, Frames, Segment, Snapshot, TraceEvent
 from vramplan.errors import InputError
 from vramplan.sources import pickle_guard
+from vramplan.sources.unpacked import head_of, read_up_to, unpacked
 
 MAX_NUMBER = 2**63 - 1
 MAX_SETTINGS, MAX_TEXT, MAX_DEPTH, MAX_SAME = 64, 200, 512, 20_000
@@ -32,6 +33,12 @@ ACTIONS = {
 # Of C++ frames only these are kept: everything else repeats what the Python frames say.
 TELLING = ("autograd::Engine", "AccumulateGrad", "getNewWorkspace", "getCUDABlasLtWorkspace", "CUDABlasHandle")
 NOISE = ("_call_impl", "_wrapped_call_impl")
+
+
+class Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -45,21 +52,24 @@ def is_snapshot(head: bytes) -> bool:
 
 
 def is_snapshot_file(path: Path | str) -> bool:
-    """Whether this is a regular file with a snapshot's beginning; False for what cannot be read."""
+    """Whether this is a regular file with a snapshot's beginning, also packed; False for what cannot be read."""
     try:
         if not Path(path).is_file():
             return False
         with Path(path).open("rb") as file:
-            return is_snapshot(file.read(HEAD_BYTES))
+            return is_snapshot(head_of(file.read(HEAD_BYTES)))
     except (OSError, ValueError):
         return False
 
 
-def read_snapshot(path: Path | str) -> Snapshot:
-    """The card of a snapshot that ran out of memory, else the one that holds most. InputError if it is none."""
+def read_snapshot(path: Path | str, stream: Readable | None = None) -> Snapshot:
+    """The card of a snapshot that ran out of memory, else the one that holds most. InputError if it is none.
+
+    With a `stream` that is read, and `path` is what errors call it.
+    """
     try:
-        with Path(path).open("rb") as file:
-            data = file.read(pickle_guard.MAX_BYTES + 1)
+        with Path(path).open("rb") if stream is None else nullcontext(stream) as file:
+            data = read_up_to(file, pickle_guard.MAX_BYTES)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     if len(data) > pickle_guard.MAX_BYTES:
@@ -71,6 +81,10 @@ def read_snapshot(path: Path | str) -> Snapshot:
 def parse(data: bytes, name: str) -> Snapshot:
     """The snapshot in these bytes; `name` is what errors call them."""
     where = f"{name} is no memory snapshot of PyTorch"
+    try:
+        data = unpacked(data, pickle_guard.MAX_BYTES)
+    except InputError as error:
+        raise InputError(f"{where}: {error.message}", error.hint) from None
     with pickle_guard.uncollected():
         value = pickle_guard.load(data, where) if data[:1] == b"\x80" else _json(data, where)
         return _Reader(where).snapshot(value)
@@ -118,7 +132,7 @@ class _Reader:
         device = self.device(by_device, traces)
         trace = traces[device] if device < len(traces) else []
         found = tuple(sorted((self.segment(s) for s in by_device.get(device, [])), key=lambda s: s.address))
-        return Snapshot(device, found, tuple(self.events(trace)), self.settings(value.get("allocator_settings")))
+        return Snapshot(device, found, self.events(trace), self.settings(value.get("allocator_settings")))
 
     def device(self, by_device: dict[int, list[Any]], traces: list[Any]) -> int:
         """The card to look at: where memory ran out last, else where most is allocated."""
@@ -164,30 +178,44 @@ class _Reader:
         return Block(self.number(value, "address", at), size, asked, active, self.stack(frames) if active else ())
 
     # --------------------------------------------------------------------------------------------------- the trace
-    def events(self, trace: list[Any]) -> Iterator[TraceEvent]:
+    def events(self, trace: list[Any]) -> tuple[TraceEvent, ...]:
         actions = dict(ACTIONS)
         if not any(isinstance(event, dict) and event.get("action") == "free_completed" for event in trace):
             actions["free_requested"] = core.FREE  # the others were not recorded (skip_actions)
-        stacks, nothing = self.stacks, ()
-        for value in trace:  # hundreds of thousands: written out, without a call for each value
-            name = value.get("action") if type(value) is dict else None
-            if type(name) is not str:
-                self.wrong("an event has no action")
-            action = actions.get(name)
-            if action is None:
-                continue
-            size, address = value.get("size"), value.get("addr", 0 if action == core.OOM else None)
-            if type(size) is not int or type(address) is not int or not 0 <= size <= MAX_NUMBER or address < 0:
+        out: list[TraceEvent] = []
+        # Hundreds of thousands: written out, without a call for each value, and without NamedTuple's own __new__
+        add, new, alloc, oom, nothing = out.append, tuple.__new__, core.ALLOC, core.OOM, ()
+        stacks, same, number = self.stacks, self.same, MAX_NUMBER
+        for value in trace:
+            try:
+                name = value["action"]
+                action = actions.get(name) if type(name) is str else self.wrong("an event has no action")
+                if action is None:
+                    continue
+                size = value["size"]
+                address = value["addr"] if action is not oom else value.get("addr", 0)
+            except (KeyError, TypeError, IndexError, AttributeError):
+                self.wrong_event(value)
+            if type(size) is not int or type(address) is not int or not 0 <= size <= number or address < 0:
                 self.wrong("an event has no size or no address")
-            if action == core.ALLOC:
+            if action is alloc:
                 listed = value.get("frames")
                 frames = stacks.get(id(listed))
-                yield TraceEvent(action, address, size, self.stack(listed) if frames is None else frames)
-            elif action == core.OOM:
+                if frames is None and type(listed) is list:
+                    frames = same.get(tuple(map(id, listed))) if len(listed) <= MAX_DEPTH else None
+                    if frames is not None:
+                        stacks[id(listed)] = frames
+                add(new(TraceEvent, (action, address, size, self.stack(listed) if frames is None else frames, None)))
+            elif action is oom:
                 free = self.number(value, "device_free", -1)
-                yield TraceEvent(action, 0, size, self.stack(value.get("frames")), None if free < 0 else free)
+                add(TraceEvent(action, 0, size, self.stack(value.get("frames")), None if free < 0 else free))
             else:
-                yield TraceEvent(action, address, size, nothing)
+                add(new(TraceEvent, (action, address, size, nothing, None)))
+        return tuple(out)
+
+    def wrong_event(self, value: Any) -> NoReturn:
+        known = isinstance(value, dict) and isinstance(value.get("action"), str)
+        self.wrong("an event has no size or no address" if known else "an event has no action")
 
     # ------------------------------------------------------------------------------------------------------ frames
     def stack(self, value: Any) -> Frames:
