@@ -301,8 +301,11 @@ OPCODES = st.sampled_from([bytes([code]) for code in range(256)])
 )
 @settings(max_examples=300)
 def test_any_program_of_opcodes_is_refused_or_read(parts: list[bytes]) -> None:
-    with pytest.raises(InputError):
-        parse_snapshot(b"\x80\x04" + b"".join(parts) + b".", "x")
+    try:
+        found = parse_snapshot(b"\x80\x04" + b"".join(parts) + b".", "x")
+    except InputError:
+        return
+    assert found.segments == () and found.events == ()  # an empty list is one of no segments
 
 
 @given(st.integers(1, 2000), st.sampled_from(["[", '{"segments":', '{"segments":[', '[{"blocks":', '"\\ud800']))

@@ -70,6 +70,32 @@ def test_the_exit_code_is_the_commands(script: Any, code: int) -> None:
     assert run_cli(["run", "-o", "kept", "--", *script(f"raise SystemExit({code})")]) == code
 
 
+def test_fixes_are_priced_by_the_flags_of_a_run(
+    script: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    flags = ["--model", "tinyllama-1.1b", "--recipe", "peft", "--batch-size", "4", "--gpu", "rtx-4090"]
+    assert run_cli(["run", "-o", "kept", *flags, "--", *script(f"raise SystemExit({OOM!r})"), "--batch-size", "9"]) == 4
+    kept = json.loads((tmp_path / "kept" / "diagnosis.json").read_text())
+    assert kept["fixes"] and kept["fixes"][0]["run"]["micro_batch_size"] <= 4 and kept["predicted_bytes"]
+    assert "--batch-size" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--batch-size", "4"], "--batch-size needs --model"),
+        (["--model", "no-such-model-x"], "no-such-model-x"),
+        (["--model", "tinyllama-1.1b", "--run", "run.json"], "--run and --model"),
+        (["--gpu", "no-such-card"], "no-such-card"),
+    ],
+)
+def test_wrong_flags_are_told_before_anything_runs(
+    script: Any, flags: list[str], part: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run_cli(["run", "-o", "kept", *flags, "--", *script("open('ran', 'w')")]) == 2
+    assert part in capsys.readouterr().err and not (tmp_path / "ran").exists() and not (tmp_path / "kept").exists()
+
+
 def test_lack_of_memory_is_diagnosed_and_kept(script: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run_cli(["run", "-o", "kept", "--", *script(f"raise SystemExit({OOM!r})")]) == 4
     out = capsys.readouterr().out

@@ -43,7 +43,8 @@ from vramplan.core.types import Diagnosis, Holdings
 from vramplan.core.units import GIB, MIB
 from vramplan.errors import InputError
 from vramplan.sources import pickle_guard, records
-from vramplan.sources.snapshot import is_snapshot, parse, read_snapshot
+from vramplan.sources.snapshot import parse, read_snapshot
+from vramplan.sources.snapshot_head import is_snapshot
 
 GOLDEN = Path(__file__).parent / "golden"
 

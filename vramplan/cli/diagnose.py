@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = "Example: vramplan diagnose train.log --model llama-3.1-8b --recipe peft --batch-size 2 --gpu rtx-4090"
 LOG, RUN, PLAN, DIAGNOSIS = "log.txt", "run.json", "plan.json", "diagnosis.json"
+NOT_THE_RUN = ("paths", "words", "run_file", "model", "width")  # of `run` too
 NOT_FOUND = "No out-of-memory report found in {}."
 
 
@@ -40,7 +41,7 @@ def command(ctx: click.Context, /, **params: Any) -> int:
     first that failed is the cause."""
     pictures.check(params)
     given = sort_paths(params["paths"])
-    run, card = _run_and_card(ctx, params, given.folder)
+    run, card = run_and_card(ctx, params, given.folder)
     if pictures.wanted(params) and run is None:
         raise InputError("--svg and --html draw a run's step", "say what ran: --run FILE, --model NAME, a run folder")
     diagnosis = _explained(params, given, run, card)
@@ -94,13 +95,13 @@ def _evidence(given: Given) -> OomEvidence | None:
     return found[0].evidence if found else None
 
 
-def _run_and_card(
+def run_and_card(
     ctx: click.Context, params: build.Params, folder: Path | None
 ) -> tuple[RunSpec | None, GpuProfile | None]:
     """The run and the card, from --run or --model and --gpu, else from the run folder."""
     flags = [param for param in ctx.command.params if getattr(param, "section", "") not in ("Output", "Card")]
     given = build.given(ctx, tuple(param.name or "" for param in flags))
-    shaping = [name for name in given if name not in ("paths", "run_file", "model")]
+    shaping = [name for name in given if name not in NOT_THE_RUN]
     card = build.card(params["gpu"]) if params["gpu"] else None
     if params["run_file"] and params["model"]:
         raise InputError("--run and --model both say what ran", "give one of the two")

@@ -53,7 +53,7 @@ def sort_paths(paths: Sequence[str]) -> Given:
 
 
 def _stdin(given: Given) -> None:
-    from vramplan.sources.snapshot import HEAD_BYTES, is_snapshot
+    from vramplan.sources.snapshot_head import HEAD_BYTES, is_snapshot
     from vramplan.sources.unpacked import Ahead, head_of
 
     ahead = Ahead(sys.stdin.buffer, HEAD_BYTES)
@@ -74,7 +74,7 @@ def _file_or_folder(given: Given, path: Path) -> None:
 
 
 def _is_snapshot(path: Path) -> bool:
-    from vramplan.sources.snapshot import is_snapshot_file
+    from vramplan.sources.snapshot_head import is_snapshot_file
 
     return is_snapshot_file(path)
 

@@ -27,30 +27,30 @@ EXAMPLE = "Example: vramplan run -o runs/sft -- python sft.py --model Qwen/Qwen2
               show_default=True, metavar="SECONDS", help="Between two looks at the cards.")  # fmt: skip
 @click.option("--run", "run_file", cls=options.SectionOption, section="Run", metavar="FILE",
               help="What the command trains, so that fixes have a price: run.json or plan.json.")  # fmt: skip
+@click.option("--model", cls=options.SectionOption, section="Run", metavar="NAME",
+              help="The same, by MODEL and the flags below.")  # fmt: skip
+@click.option("--gpu", cls=options.SectionOption, section="Card", metavar="NAME|live",
+              help="Hold fixes against this card.  [default: the one in the report]")  # fmt: skip
+@options.use(options.BATCH, options.RUN, options.LORA, options.LEVERS)
 @click.option("--width", type=int, hidden=True)
-def command(words: tuple[str, ...], **params: Any) -> int:
+@click.pass_context
+def command(ctx: click.Context, /, words: tuple[str, ...], **params: Any) -> int:
     """Run a training command as it is. Its output is kept, its memory on the cards looked at every second; if it ends
-    out of memory, it is diagnosed. The exit code is the command's own, or 4."""
+    out of memory, it is diagnosed, with priced fixes where --run or --model says what it trains. The exit code is the
+    command's own, or 4."""
+    from vramplan.cli.diagnose import run_and_card
     from vramplan.launch.wrapping import wrap
 
     given = tuple(words[1:] if words[0] == "--" else words)
     if not given:
         raise InputError("there is no command to run", "write it after --, as in the shell")
-    run, card = _run_and_card(params["run_file"])
+    run, card = run_and_card(ctx, params, None)  # before anything runs: what is wrong with a flag shows at once
     folder = _folder(params["output"], given)
     wrapped = wrap(given, folder, snapshot=params["snapshot"], every_s=params["every"])
     _say(wrapped, folder)
     if wrapped.exit_code == OK or not _diagnosed(wrapped, folder, run, card, params["width"]):
         return wrapped.exit_code
     return ENDED_IN_OOM
-
-
-def _run_and_card(file: str | None) -> tuple[Any, Any]:
-    if file is None:
-        return None, None
-    from vramplan.cli.diagnose import stored_run
-
-    return stored_run(Path(file))
 
 
 def _folder(output: str | None, words: tuple[str, ...]) -> Path:

@@ -15,11 +15,10 @@ from vramplan.core import snapshot as core
 from vramplan.core.snapshot import Block, Frames, Segment, Snapshot, TraceEvent
 from vramplan.errors import InputError
 from vramplan.sources import pickle_guard
-from vramplan.sources.unpacked import head_of, read_up_to, unpacked
+from vramplan.sources.unpacked import read_up_to, unpacked
 
 MAX_NUMBER = 2**63 - 1
 MAX_SETTINGS, MAX_TEXT, MAX_DEPTH, MAX_SAME = 64, 200, 512, 20_000
-HEAD_BYTES = 4096
 STATES = ("active_allocated", "active_awaiting_free", "active_pending_free", "inactive")
 ACTIONS = {
     "alloc": core.ALLOC,
@@ -40,26 +39,6 @@ class Readable(Protocol):
 
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def is_snapshot(head: bytes) -> bool:
-    """Whether a file that starts like this is a pickle, or JSON with the keys of a snapshot."""
-    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return True
-    start = head[:HEAD_BYTES].lstrip(b"\xef\xbb\xbf \t\r\n")
-    return start[:1] in (b"{", b"[") and any(
-        key in start for key in (b'"device_traces"', b'"segments"', b'"segment_type"'))  # fmt: skip
-
-
-def is_snapshot_file(path: Path | str) -> bool:
-    """Whether this is a regular file with a snapshot's beginning, also packed; False for what cannot be read."""
-    try:
-        if not Path(path).is_file():
-            return False
-        with Path(path).open("rb") as file:
-            return is_snapshot(head_of(file.read(HEAD_BYTES)))
-    except (OSError, ValueError):
-        return False
 
 
 def read_snapshot(path: Path | str, stream: Readable | None = None) -> Snapshot:
