@@ -14,8 +14,8 @@ from vramplan.errors import DOES_NOT_FIT, OK
 
 @click.command("check", cls=options.SectionCommand, epilog="Example: vramplan check llama-2-7b --batch-size 2")
 @click.argument("model", required=False)
-@options.use(options.BATCH, options.RUN, options.LORA, options.LEVERS, options.GPU_INDEX, options.CALIBRATION,
-             options.OUTPUT)  # fmt: skip
+@options.use(options.FROM, options.BATCH, options.RUN, options.LORA, options.LEVERS, options.GPU_INDEX,
+             options.CALIBRATION, options.OUTPUT)  # fmt: skip
 def command(**params: Any) -> int:
     """Show who holds what of this machine's card, and whether fine-tuning MODEL fits what is free."""
     from vramplan.core.check import check

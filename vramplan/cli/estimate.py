@@ -18,7 +18,7 @@ EXAMPLE = "Example: vramplan estimate llama-3.1-8b --batch-size 4 --gpu all --pr
 
 @click.command("estimate", cls=options.SectionCommand, epilog=EXAMPLE)
 @click.argument("model")
-@options.use(options.BATCH, options.PARALLEL, options.RUN, options.LORA, options.LEVERS, options.GPUS,
+@options.use(options.FROM, options.BATCH, options.PARALLEL, options.RUN, options.LORA, options.LEVERS, options.GPUS,
              options.GPU_INDEX, options.PRICES, options.TRACE, options.OUTPUT)  # fmt: skip
 @click.pass_context
 def command(ctx: click.Context, /, **params: Any) -> int:

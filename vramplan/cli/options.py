@@ -182,6 +182,8 @@ class SectionCommand(click.Command):
             click.echo(f"note: {note}", err=True)
         if translated.model is not None:
             ctx.default_map = {**(ctx.default_map or {}), "model": translated.model}
+        if translated.origin is not None:
+            ctx.params["origin"] = translated.origin
         try:
             return super().parse_args(ctx, translated.words)
         except click.NoSuchOption as error:
@@ -191,6 +193,8 @@ class SectionCommand(click.Command):
         except click.MissingParameter as error:
             if flag_of(error.param) != "MODEL":
                 raise
+            if translated.origin is not None:
+                raise InputError(f"{translated.origin.path} names no model", "give it as MODEL") from None
             raise InputError("MODEL is missing", "vramplan models lists the built-in ones") from None
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -244,6 +248,11 @@ RUN: Section = (
          help="Several documents in a row, which do not see each other."),
     _run("--model-path", metavar="PATH", help="Where the weights are, when not at MODEL: folder, Hub id, GGUF file."),
     _run("--trust-remote-code", is_flag=True, help="Let the model's repository run its own code."),
+)  # fmt: skip
+
+FROM: Section = (
+    _run("--from", metavar="FILE", expose_value=False,
+         help="The run of this file: axolotl, LLaMA-Factory, TRL, TrainingArguments, run.json, plan.json. Flags win."),
 )  # fmt: skip
 
 BATCH: Section = (
