@@ -1,6 +1,7 @@
 """The only user of click: parse, call, render, exit code. Subcommands are loaded when they are asked for.
 
-Exit codes: 0 done or fits; 1 our error; 2 bad input; 3 does not fit; 4 the run ended in OOM; 130 interrupted.
+Exit codes: 0 done or fits; 1 our error; 2 bad input; 3 does not fit; 4 the run ended in OOM; 5 needs more than
+its lock; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ COMMANDS = {
     "estimate": "Predict the memory of a run, line by line, without a GPU.",
     "check": "Ask whether a run fits what is free on this machine's card now.",
     "fit": "Choose levers and micro-batch for one card and one effective batch.",
+    "lock": "Keep what a run is expected to need, and say later if it needs more.",
     "train": "Run QLoRA fine-tuning and print what it used beside the prediction.",
     "merge": "Merge an adapter into its base model, without a GPU.",
     "measure": "Measure a few steps on this machine's card, beside the prediction.",

@@ -133,6 +133,22 @@ class Targets(ParamType):
         return names
 
 
+class Share(ParamType):
+    """A share of 1: "2%" or "0.02"."""
+
+    name = "SHARE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip()
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = math.nan
+        if not 0 <= share < 1:
+            raise InputError(f"{flag_of(param)} must be a share below 1, as 2% or 0.02, not {value}")
+        return share
+
+
 class Price(ParamType):
     """CARD=X: a card's name, and what an hour of it costs."""
 
@@ -182,6 +198,7 @@ class SectionCommand(click.Command):
             click.echo(f"note: {note}", err=True)
         if translated.model is not None:
             ctx.default_map = {**(ctx.default_map or {}), "model": translated.model}
+        ctx.meta["vramplan.own"] = translated.own
         if translated.origin is not None:
             ctx.params["origin"] = translated.origin
         try:
@@ -381,6 +398,13 @@ FIT: Section = (
     _run("--probe", is_flag=True, help="Try the plan on this machine's card, in a short run of its own."),
     _out("-o", "--output", metavar="FILE", help="Write the plan, for vramplan train."),
 )  # fmt: skip
+
+LOCK: Section = (
+    _out("-o", "--output", metavar="FILE", help="Write the lock here.  [default: vramplan.lock]"),
+    _out("--check", metavar="FILE", help="Estimate the run of this lock again; exit code 5 if it needs more."),
+    _out("--tolerance", type=Share(), default="2%", show_default=True, help="By how much the peak may rise."),
+    _card("--gpu", metavar="NAME", help="The card whose chip decides; of compute capability 8.9 without."),
+)
 
 TRAIN: Section = (
     _run("--effective-batch-size", type=Whole(), help="Micro-batch x accumulation x GPUs, exactly."),

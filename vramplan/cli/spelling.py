@@ -88,7 +88,7 @@ _NOTHING = ("false", "none", "no", "0", "0.0")
 
 class Translation:
     """One command line on its way into our words. `words` is the result, `model` what a file says of MODEL, `origin`
-    the file of `--from`."""
+    the file of `--from`, `own` the command line alone, its files unread."""
 
     def __init__(self, command: click.Command) -> None:
         self.command = command.name or ""
@@ -104,6 +104,7 @@ class Translation:
         self._given: set[str] = set()  # canonical names that were written on the command line
         self._files: list[str] = []
         self.origin: Origin | None = None
+        self.own: list[str] = []
         self._from: str | None = None
 
     def read(self, args: Sequence[str]) -> Translation:
@@ -117,6 +118,9 @@ class Translation:
                 self._flag(word, rest)
             else:
                 self.words.append(word)
+        self.own = [f"--config={file}" for file in self._files]
+        self.own += [] if self._from is None else [f"--from={self._from}"]
+        self.own += self.words
         for file in self._files:
             self._read_file(file)
         if self._from is not None:

@@ -668,6 +668,25 @@ class Plan(Value):
     probes: tuple[Probe, ...] = ()  # in the order in which they were made, of this run and of those before it
 
 
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
+class Lock(Value):
+    """What a run is expected to need, kept beside it to be held against later.
+
+    `words` are the flags that say it, files included; `versions` are those of vramplan and of the libraries that were
+    installed. `groups` are (heading of the ledger, bytes) pairs that add up to the peak's device bytes.
+    """
+
+    words: tuple[str, ...]
+    run: RunSpec
+    versions: tuple[tuple[str, str], ...]
+    trainable_parameters: int
+    total_parameters: int
+    resident: Resident
+    peak: Peak
+    groups: tuple[tuple[str, int], ...]
+    gpu: str | None = None
+
+
 # ------------------------------------------------------------------------------------------------ what happened
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class MeasuredPhase(Value):

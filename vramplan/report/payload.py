@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from vramplan.core.lock import Drift
 from vramplan.core.recipes import lever_flags
 from vramplan.core.types import (
     SCHEMA_VERSION,
@@ -73,6 +74,20 @@ def check_payload(found: CardCheck) -> Payload:
             "estimate": estimate_payload(found.ledger, (found.judged,)),
         }
     return payload
+
+
+def lock_payload(drift: Drift) -> Payload:
+    """The payload of `lock --check --json`."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "rose": drift.is_too_much,
+        "share": drift.share,
+        "tolerance": drift.tolerance,
+        "groups": [{"group": name, "locked_bytes": then, "bytes": now} for name, then, now in drift.rows()],
+        "changes": [{"what": what, "locked": then, "now": now} for what, then, now in drift.changes()],
+        "locked": asdict(drift.then),
+        "now": asdict(drift.now),
+    }
 
 
 def gpus_payload(stored: Sequence[GpuProfile], live: Sequence[GpuProfile]) -> Payload:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vramplan.core.groups import OVERHEAD, group_of
 from vramplan.core.types import Ledger, Line
 from vramplan.core.units import GIB, MIB
 
 LINE, GROUP, SUBTOTAL, TOTAL = "line", "group", "subtotal", "total"
-OVERHEAD = "overhead"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,14 +60,6 @@ class Row:
     share: float
     formula: str = ""
     basis: str = ""
-
-
-def group_of(line: Line) -> str:
-    """The heading a line stands under. Only what PyTorch's allocator does not hand out is overhead."""
-    head = line.key.partition(".")[0]
-    if head == OVERHEAD:
-        return OVERHEAD
-    return line.group if line.group and line.group != OVERHEAD else head
 
 
 def ledger_rows(ledger: Ledger) -> tuple[Scale, list[Row]]:
