@@ -9,6 +9,8 @@ Importing this is cheap: the standard library and the types.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from vramplan.core.types import (
     Diagnosis,
     GpuProfile,
@@ -21,6 +23,9 @@ from vramplan.core.types import (
     RunSpec,
 )
 
+if TYPE_CHECKING:
+    from vramplan.train.callback import VramplanCallback
+
 __version__ = "0.1.0"
 __all__ = [
     "Diagnosis",
@@ -32,10 +37,24 @@ __all__ = [
     "ModelSpec",
     "Plan",
     "RunSpec",
+    "VramplanCallback",
     "diagnose",
     "estimate",
     "plan",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs torch and transformers is imported when it is asked for."""
+    if name != "VramplanCallback":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from vramplan.train.callback import VramplanCallback
+    except ModuleNotFoundError as error:
+        from vramplan.errors import MissingExtra
+
+        raise MissingExtra(f"VramplanCallback (no module named {error.name!r})") from error
+    return VramplanCallback
 
 
 def estimate(model: str | ModelSpec, run: RunSpec | None = None, gpu: str | GpuProfile | None = None) -> Ledger:
