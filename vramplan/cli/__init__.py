@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
+from typing import Any
 
 import click
 
@@ -30,6 +32,7 @@ COMMANDS = {
     "audit": "Say what in a trainer's configuration costs memory, before anything runs.",
     "gpus": "List the stored cards and this machine's.",
     "models": "List the built-in models.",
+    "completion": "Print the script that makes a shell complete all of this.",
     "quickstart": "See it all on a tiny model: no GPU, no Hub, under three minutes.",
 }
 
@@ -47,6 +50,13 @@ class LazyGroup(click.Group):
 
         command: click.Command = import_module(f"vramplan.cli.{cmd_name}").command
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
+        """Of the names alone: click's own would import every command for its help."""
+        from click.shell_completion import CompletionItem
+
+        found = [CompletionItem(name, help=text) for name, text in COMMANDS.items() if name.startswith(incomplete)]
+        return [*found, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -99,7 +109,9 @@ def run(argv: list[str]) -> int:
         if reconfigure is not None:
             reconfigure(errors="replace")
     if "_VRAMPLAN_COMPLETE" in os.environ:  # shell completion is click's own
-        root.main(args=argv, prog_name="vramplan")
+        with suppress(Exception):  # a line that makes no sense so far has nothing to offer, and no traceback
+            root.main(args=argv, prog_name="vramplan")
+        return OK
     own = argv[: argv.index("--")] if "--" in argv else argv  # what comes after it is somebody else's
     debug = "--debug" in own
     try:

@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from vramplan.cli import build, options
+from vramplan.cli import build, complete, options
 from vramplan.cli.output import print_json
 from vramplan.errors import DOES_NOT_FIT, OK
 
 
 @click.command("check", cls=options.SectionCommand, epilog="Example: vramplan check llama-2-7b --batch-size 2")
-@click.argument("model", required=False)
+@click.argument("model", required=False, shell_complete=complete.model)
 @options.use(options.FROM, options.BATCH, options.RUN, options.LORA, options.LEVERS, options.GPU_INDEX,
              options.CALIBRATION, options.OUTPUT)  # fmt: skip
 def command(**params: Any) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from vramplan.cli import build, options
+from vramplan.cli import build, complete, options
 from vramplan.cli.output import print_json
 from vramplan.core.types import GpuProfile, GpuVerdict, Ledger, ModelSpec
 from vramplan.errors import DOES_NOT_FIT, OK, InputError
@@ -17,7 +17,7 @@ EXAMPLE = "Example: vramplan estimate llama-3.1-8b --batch-size 4 --gpu all --pr
 
 
 @click.command("estimate", cls=options.SectionCommand, epilog=EXAMPLE)
-@click.argument("model")
+@click.argument("model", shell_complete=complete.model)
 @options.use(options.FROM, options.BATCH, options.PARALLEL, options.RUN, options.LORA, options.LEVERS, options.GPUS,
              options.GPU_INDEX, options.PRICES, options.TRACE, options.OUTPUT)  # fmt: skip
 @click.pass_context

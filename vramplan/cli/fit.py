@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vramplan.cli import build, options, rewriting, runner
+from vramplan.cli import build, complete, options, rewriting, runner
 from vramplan.cli.output import print_json
 from vramplan.core.lengths import longest_run
 from vramplan.core.types import GpuProfile, Lengths, ModelSpec, Plan, RunSpec
@@ -24,7 +24,7 @@ EXAMPLE = "Example: vramplan fit llama-2-7b --effective-batch-size 16 --gpu rtx-
 
 
 @click.command("fit", cls=options.SectionCommand, epilog=EXAMPLE)
-@click.argument("model")
+@click.argument("model", shell_complete=complete.model)
 @options.use(options.FROM, options.FIT, options.ONE_GPU, options.GPU_INDEX, options.CALIBRATION, options.RUN,
              options.LORA, options.LEVERS, options.DATA, options.OUTPUT)  # fmt: skip
 @click.pass_context

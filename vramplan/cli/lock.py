@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from vramplan.cli import build, options
+from vramplan.cli import build, complete, options
 from vramplan.cli.output import print_json
 from vramplan.core.types import Lock
 from vramplan.errors import OK, ROSE, InputError
@@ -20,7 +20,7 @@ EXAMPLE = "Example: vramplan lock --from qlora.yml, then in CI: vramplan lock --
 
 
 @click.command("lock", cls=options.SectionCommand, epilog=EXAMPLE)
-@click.argument("model", required=False)
+@click.argument("model", required=False, shell_complete=complete.model)
 @options.use(options.FROM, options.LOCK, options.BATCH, options.PARALLEL, options.RUN, options.LORA, options.LEVERS,
              options.OUTPUT)  # fmt: skip
 @click.pass_context

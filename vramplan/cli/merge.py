@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from vramplan.cli import build, error_line, options, runner
+from vramplan.cli import build, complete, error_line, options, runner
 from vramplan.cli.output import print_json
 from vramplan.core.names import public_name
 from vramplan.core.types import MERGE_BASES, MERGE_DTYPES, SCHEMA_VERSION, MergeSpec, RunSpec
@@ -49,7 +49,7 @@ OPTIONS: options.Section = (
 
 
 @click.command("merge", cls=options.SectionCommand, epilog=EXAMPLE)
-@click.argument("source", metavar="RUN_DIR|ADAPTER")
+@click.argument("source", metavar="RUN_DIR|ADAPTER", shell_complete=complete.folder)
 @options.use(OPTIONS, options.OUTPUT)
 def command(**params: Any) -> int:
     """Merge the adapter of RUN_DIR (or the folder ADAPTER of a plain PEFT adapter) into its base model.

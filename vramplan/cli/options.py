@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 
+from vramplan.cli import complete
 from vramplan.core.types import (
     ALLOCATORS,
     ATTENTIONS,
@@ -99,11 +100,17 @@ class OneOf(ParamType):
             raise InputError(f"{flag_of(param)} has no {self.name} {value!r}", hint)
         return str(name)
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        return complete.starting(self.names, incomplete)
+
 
 class Checkpointing(ParamType):
     """none, all or every-K."""
 
     name = "none|all|every-K"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        return complete.starting(("none", "all", "every-2", "every-4"), incomplete)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         head, _, count = str(value).partition("every-")
@@ -186,11 +193,18 @@ class SectionOption(click.Option):
         super().__init__(*args, **kwargs)
         self.section = section
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
+        """By what the help says that follows: a file, a folder, a model, a card."""
+        known = complete.for_option(flag_of(self), str(self.metavar or ""))
+        return super().shell_complete(ctx, incomplete) if known is None else known(ctx, self, incomplete)
+
 
 class SectionCommand(click.Command):
     """A command that takes Hugging Face's spellings, and whose --help groups the options by section."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if ctx.resilient_parsing:  # a shell asks what could follow: nothing is read
+            return super().parse_args(ctx, args)
         from vramplan.cli.spelling import Translation, suggestion
 
         translated = Translation(self).read(args)
