@@ -24,6 +24,7 @@ COMMANDS = {
     "fit": "Choose levers and micro-batch for one card and one effective batch.",
     "lock": "Keep what a run is expected to need, and say later if it needs more.",
     "train": "Run QLoRA fine-tuning and print what it used beside the prediction.",
+    "watch": "Show a run that was started elsewhere while it goes on.",
     "merge": "Merge an adapter into its base model, without a GPU.",
     "measure": "Measure a few steps on this machine's card, beside the prediction.",
     "calibrate": "Measure overheads and speed of this machine's card once, for its plans.",

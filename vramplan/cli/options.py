@@ -440,6 +440,8 @@ MEASURE: Section = (
          help="Append the measurement here, as one line."),
 )  # fmt: skip
 
+WATCH: Section = (_out("--once", is_flag=True, help="Show it as it is now, and stop."),)
+
 CALIBRATE: Section = (
     _out("--show", is_flag=True, help="Show what was measured before, and measure nothing."),
     _out("--forget", is_flag=True, help="Delete what was measured before."),

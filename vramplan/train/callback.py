@@ -90,7 +90,7 @@ class VramplanCallback(TrainerCallback):  # type: ignore[misc]
         self.done = 0
         self.progress("process", rank=self.place.rank, local_rank=self.place.local_rank, pid=os.getpid())
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.progress("start", total_steps=state.max_steps, effective_batch_size=batch, examples=None,
+        self.progress("start", total_steps=state.max_steps, effective_batch_size=batch,
                       resumed_from=state.global_step)  # fmt: skip
         self._attach()
 
