@@ -497,6 +497,12 @@ class Ledger(Value):
     lines: tuple[Line, ...]
     warnings: tuple[str, ...] = ()
 
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from .notebook import ledger_html
+
+        return ledger_html(self)
+
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class GpuVerdict(Value):
@@ -666,6 +672,12 @@ class Plan(Value):
     verified: bool = False  # a probe on the real card ran it
     lengths: Lengths | None = None  # of the data that it was made for
     probes: tuple[Probe, ...] = ()  # in the order in which they were made, of this run and of those before it
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from .notebook import plan_html
+
+        return plan_html(self)
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
