@@ -19,7 +19,7 @@ EXAMPLE = "Example: vramplan estimate llama-3.1-8b --batch-size 4 --gpu all --pr
 @click.command("estimate", cls=options.SectionCommand, epilog=EXAMPLE)
 @click.argument("model", shell_complete=complete.model)
 @options.use(options.FROM, options.BATCH, options.PARALLEL, options.RUN, options.LORA, options.LEVERS, options.GPUS,
-             options.GPU_INDEX, options.PRICES, options.TRACE, options.OUTPUT)  # fmt: skip
+             options.GPU_INDEX, options.PRICES, options.EXPLAIN, options.TRACE, options.OUTPUT)  # fmt: skip
 @click.pass_context
 def command(ctx: click.Context, /, **params: Any) -> int:
     """Predict the memory of fine-tuning MODEL: a built-in name, a Hub id, or a path to config.json or its folder."""
@@ -27,6 +27,8 @@ def command(ctx: click.Context, /, **params: Any) -> int:
         raise InputError("--full-depth is about tracing", "add --trace")
     if params["trace"] and params["gpus"] > 1:
         raise InputError("--trace plays one GPU", "leave out --gpus, or --trace")
+    if params["trace"] and params["explain"] is not None:
+        raise InputError("--explain is of a run that is played, not traced", "leave out --trace, or --explain")
     if params["trace"] and params["price"]:
         raise InputError("--price is for runs that are played, not traced", "leave out --trace, or --price")
     build.refuse_index(ctx, params["gpu"])
@@ -34,6 +36,8 @@ def command(ctx: click.Context, /, **params: Any) -> int:
     found = build.cards(names, params["calibration"], params["gpu_index"])
     cards = build.able(found, packing=params["packing"])
     chip = next((card for card, named in cards if named), None)
+    if params["explain"] is not None:
+        return _explain(params, chip)
     if not params["trace"] and ("all" in names or params["price"]):
         return _guide(params, cards, chip)
     ledger, spec = _traced(params, chip) if params["trace"] else _played(params, chip)
@@ -48,6 +52,32 @@ def command(ctx: click.Context, /, **params: Any) -> int:
 
         show_estimate(sys.stdout, ledger, verdicts, width=params["width"])
     return _exit_code(cards, [verdict.verdict != "does_not_fit" for verdict in verdicts])
+
+
+def _explain(params: dict[str, Any], chip: GpuProfile | None) -> int:
+    """One line of the ledger, taken apart."""
+    from vramplan.core.explain import explain, find
+    from vramplan.sources.profiles import suggest
+
+    ledger, _ = _played(params, chip)
+    line = find(ledger, params["explain"])
+    if line is None:
+        keys = [line.key for line in ledger.lines]
+        near = suggest(params["explain"], [*keys, *(key.partition(".")[2] for key in keys)])
+        raise InputError(
+            f"--explain {params['explain']}: the ledger of this run has no such line",
+            near or f"one of {', '.join(keys)}",
+        )
+    found = explain(ledger, line, chip)
+    if params["as_json"]:
+        from vramplan.report.payload import explain_payload
+
+        print_json(explain_payload(found))
+    else:
+        from vramplan.report.explain import show_explanation
+
+        show_explanation(sys.stdout, found, width=params["width"])
+    return OK
 
 
 def _guide(params: dict[str, Any], cards: list[tuple[GpuProfile, bool]], chip: GpuProfile | None) -> int:

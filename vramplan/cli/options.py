@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 
-from vramplan.cli import complete
+from vramplan.cli import complete, helping
+from vramplan.cli.helping import flag_of as flag_of
 from vramplan.core.types import (
     ALLOCATORS,
     ATTENTIONS,
@@ -33,13 +34,6 @@ Section = Sequence[Callable[[Any], Any]]
 
 MOST_PER_HOUR = 1e9  # in any currency
 MANY = 1_000_000  # no sensible count is larger; keeps the arithmetic fast and typing errors out
-
-
-def flag_of(param: click.Parameter | None) -> str:
-    """The flag as the user knows it: "--batch-size", or "MODEL" for an argument."""
-    if isinstance(param, click.Option):
-        return next((name for name in param.opts if name.startswith("--")), param.opts[0])
-    return param.human_readable_name if param is not None else "value"
 
 
 class Whole(ParamType):
@@ -102,6 +96,20 @@ class OneOf(ParamType):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
         return complete.starting(self.names, incomplete)
+
+
+class Choice(click.Choice):  # type: ignore[type-arg]  # not generic before click 8.2
+    """One of a few words, with the nearest one suggested."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            from vramplan.sources.profiles import suggest
+
+            words = [str(choice) for choice in self.choices]
+            hint = suggest(str(value), words) or f"one of {', '.join(words)}"
+            raise InputError(f"{flag_of(param)} cannot be {value!r}", hint) from None
 
 
 class Checkpointing(ParamType):
@@ -228,16 +236,13 @@ class SectionCommand(click.Command):
                 raise InputError(f"{translated.origin.path} names no model", "give it as MODEL") from None
             raise InputError("MODEL is missing", "vramplan models lists the built-in ones") from None
 
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        return [*super().get_params(ctx), helping.HELP_ALL]
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in SECTIONS}
-        for param in self.get_params(ctx):
-            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
-            if record is not None:
-                sections[getattr(param, "section", "Output")].append(record)
-        for title, records in sections.items():
-            if records:
-                with formatter.section(title):
-                    formatter.write_dl(records)
+        helping.write_options(
+            [p for p in self.get_params(ctx) if isinstance(p, click.Option)], SECTIONS, ctx, formatter
+        )
 
 
 def use(*sections: Section) -> Callable[[F], F]:
@@ -271,7 +276,7 @@ RUN: Section = (
     _run("--config", metavar="FILE.toml", expose_value=False,
          help="Run file: flags as TOML keys. What is on the command line too counts there."),
     _run("--seq-len", type=Whole(), help="Tokens per sequence.  [default: 2048, or the model's limit]"),
-    _run("--recipe", type=click.Choice(("lean", "peft")), default="lean", show_default=True,
+    _run("--recipe", type=Choice(("lean", "peft")), default="lean", show_default=True,
          help="lean: ours. peft: the tutorials' stock run."),
     _run("--double-quant/--no-double-quant", default=True, show_default=True, help="Quantise the constants too."),
     _run("--padding/--no-padding", default=False, show_default=True, help="Batches hold padding (attention mask)."),
@@ -295,7 +300,7 @@ BATCH: Section = (
 
 PARALLEL: Section = (
     _run("--gpus", type=Whole(1, 1024), default=1, show_default=True, help="GPUs that train together, all machines."),
-    _run("--parallel", type=click.Choice(("ddp", "fsdp")),
+    _run("--parallel", type=Choice(("ddp", "fsdp")),
          help="ddp: the model whole on each GPU. fsdp: its weights shared out.  [default: ddp]"),
 )  # fmt: skip
 
@@ -309,16 +314,16 @@ LORA: Section = (
 )  # fmt: skip
 
 LEVERS: Section = (
-    _lever("--upcast", type=click.Choice(UPCASTS), help="Which unquantised parameters become float32."),
-    _lever("--loss", type=click.Choice(LOSSES), help="Full logits, or fused with the head."),
+    _lever("--upcast", type=Choice(UPCASTS), help="Which unquantised parameters become float32."),
+    _lever("--loss", type=Choice(LOSSES), help="Full logits, or fused with the head."),
     _lever("--checkpointing", type=Checkpointing(), metavar="none|all|every-K", help="Which layers are checkpointed."),
     _lever("--gradient-checkpointing/--no-gradient-checkpointing", default=None, help="The same as all or none."),
     _lever("--checkpoint-offload/--no-checkpoint-offload", default=None, help="Keep checkpoints in host memory."),
     _lever("--optim", type=OneOf(OPTIMIZERS, "optimizer", OPTIMIZER_ALIASES), metavar="NAME",
            help="Optimizer, by its transformers name."),
-    _lever("--attn", type=click.Choice(ATTENTIONS), help="Attention implementation."),
-    _lever("--kernels", type=click.Choice(KERNELS), help="Fused layers, or transformers' and PEFT's own."),
-    _lever("--allocator", type=click.Choice(ALLOCATORS), help="PyTorch's allocator, expandable segments or not."),
+    _lever("--attn", type=Choice(ATTENTIONS), help="Attention implementation."),
+    _lever("--kernels", type=Choice(KERNELS), help="Fused layers, or transformers' and PEFT's own."),
+    _lever("--allocator", type=Choice(ALLOCATORS), help="PyTorch's allocator, expandable segments or not."),
 )  # fmt: skip
 
 CALIBRATION: Section = (
@@ -380,15 +385,15 @@ DATA: Section = (
     _data("--eval-split", metavar="NAME", help="Split of the data set to measure the loss on."),
     _data("--eval-fraction", type=Number(0, 1, high_open=True), default=0.0, show_default=True,
           help="Share of rows held out to measure the loss."),
-    _data("--truncation", type=click.Choice(TRUNCATIONS), default="cut", show_default=True,
+    _data("--truncation", type=Choice(TRUNCATIONS), default="cut", show_default=True,
           help="What a row over --seq-len does."),
-    _data("--on-bad-row", type=click.Choice(("fail", "skip")), default="fail", show_default=True,
+    _data("--on-bad-row", type=Choice(("fail", "skip")), default="fail", show_default=True,
           help="What a row that cannot be used does."),
     _data("--assistant-only-loss/--no-assistant-only-loss", default=True, show_default=True,
           help="Of a conversation learn only what the assistant says."),
     _data("--completion-only-loss/--no-completion-only-loss", default=True, show_default=True,
           help="Of prompt and completion learn only the completion."),
-    _data("--train-sampling-strategy", type=click.Choice(SAMPLINGS), default="random", show_default=True,
+    _data("--train-sampling-strategy", type=Choice(SAMPLINGS), default="random", show_default=True,
           help="Order of the rows."),
     _data("--group-by-length", is_flag=True, help="The same as --train-sampling-strategy group_by_length."),
     _data("--show-samples", type=Whole(0, 1000), default=0, show_default=True,
@@ -400,6 +405,10 @@ OUTPUT: Section = (
     _out("--width", type=Whole(40, 1000), hidden=True),
 )
 
+EXPLAIN: Section = (
+    _out("--explain", metavar="LINE", help="Take one line of the ledger apart: formula, tensors, source."),
+)
+
 TRACE: Section = (
     _out("--trace", is_flag=True, help="Trace the real libraries' step, for any architecture (no GPU; needs torch)."),
     _out("--full-depth", is_flag=True, help="Trace every layer rather than a few that stand for all."),
@@ -407,7 +416,7 @@ TRACE: Section = (
 
 FIT: Section = (
     _run("--effective-batch-size", type=Whole(), required=True, help="Micro-batch x accumulation, exactly."),
-    _run("--objective", type=click.Choice(OBJECTIVES), default="speed", show_default=True,
+    _run("--objective", type=Choice(OBJECTIVES), default="speed", show_default=True,
          help="What to make the most of."),
     _run("--probe", is_flag=True, help="Try the plan on this machine's card, in a short run of its own."),
     _out("-o", "--output", metavar="FILE", help="Write the plan, for vramplan train."),
@@ -434,7 +443,7 @@ TRAIN: Section = (
 MEASURE: Section = (
     _run("--steps", type=Whole(2, 1000), default=3, show_default=True, help="Optimizer steps; the last is reported."),
     _run("--layers", type=Whole(1, 10_000), help="Only this many of the model's layers, for a quick look."),
-    _run("--driver", type=click.Choice(("trainer", "loop")), default="trainer", show_default=True,
+    _run("--driver", type=Choice(("trainer", "loop")), default="trainer", show_default=True,
          help="Who plays the step: transformers' Trainer, or a plain loop under autocast."),
     _out("-o", "--output", metavar="FILE", default="measurements.jsonl", show_default=True,
          help="Append the measurement here, as one line."),

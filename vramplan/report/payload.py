@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vramplan.core.lock import Drift
 from vramplan.core.recipes import lever_flags
 from vramplan.core.types import (
     SCHEMA_VERSION,
@@ -22,12 +21,28 @@ from vramplan.core.types import (
 )
 from vramplan.report.compare import Pair, compare
 
+if TYPE_CHECKING:
+    from vramplan.core.explain import Explanation
+    from vramplan.core.lock import Drift
+
 Payload = dict[str, Any]
 
 
 def estimate_payload(ledger: Ledger, verdicts: Sequence[GpuVerdict]) -> Payload:
     """The payload of `estimate --json`."""
     return {"schema_version": SCHEMA_VERSION, **asdict(ledger), "gpus": [asdict(verdict) for verdict in verdicts]}
+
+
+def explain_payload(found: Explanation) -> Payload:
+    """The payload of `estimate --explain --json`."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "line": asdict(found.line),
+        "formula": found.formula,
+        "source": found.source,
+        "numbers": dict(found.numbers),
+        "tensors": [part._asdict() for part in found.parts],
+    }
 
 
 def guide_payload(ledger: Ledger, offers: Sequence[Offer]) -> Payload:
