@@ -252,6 +252,19 @@ def test_what_is_no_run_is_one_sentence(name: str, text: str, wanted: str, cli: 
     assert (code, out) == (2, "") and last.startswith("error: ") and wanted in last
 
 
+def test_a_file_without_a_model_is_not_passed_over(cli: Call) -> None:
+    """Where MODEL may be left out too, as `check` has it."""
+    for command in ("check", "lock", "estimate"):
+        code, out, err = cli(command, "--from", CONFIGS / "training_args.json")
+        assert (code, out) == (2, "") and "names no model (give it as MODEL)" in err
+
+
+def test_the_next_command_goes_on_from_the_file(cli: Call) -> None:
+    path = CONFIGS / "llama_factory.yaml"
+    assert f"vramplan estimate --from {path} --gpu all" in cli("estimate", "--from", path)[1]
+    assert f"vramplan fit --from {path} --gpu h100-80gb" in cli("estimate", "--from", path, "--gpu", "h100-80gb")[1]
+
+
 def test_several_cards_are_for_estimate(cli: Call, tmp_path: Path) -> None:
     write_json(tmp_path / "run.json", RunSpec(model="llama-2-7b", gpus=2, parallel="fsdp"))
     assert cli("estimate", "--from", tmp_path)[0] == 0

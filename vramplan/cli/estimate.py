@@ -50,7 +50,8 @@ def command(ctx: click.Context, /, **params: Any) -> int:
     else:
         from vramplan.report.estimate import show_estimate
 
-        show_estimate(sys.stdout, ledger, verdicts, width=params["width"])
+        origin = params.get("origin")
+        show_estimate(sys.stdout, ledger, verdicts, source=origin.path if origin else None, width=params["width"])
     return _exit_code(cards, [verdict.verdict != "does_not_fit" for verdict in verdicts])
 
 

@@ -224,7 +224,7 @@ class SectionCommand(click.Command):
         if translated.origin is not None:
             ctx.params["origin"] = translated.origin
         try:
-            return super().parse_args(ctx, translated.words)
+            rest = super().parse_args(ctx, translated.words)
         except click.NoSuchOption as error:
             known = {name for param in self.params for name in param.opts if name.startswith("--")}
             name = error.option_name
@@ -232,9 +232,12 @@ class SectionCommand(click.Command):
         except click.MissingParameter as error:
             if flag_of(error.param) != "MODEL":
                 raise
-            if translated.origin is not None:
-                raise InputError(f"{translated.origin.path} names no model", "give it as MODEL") from None
-            raise InputError("MODEL is missing", "vramplan models lists the built-in ones") from None
+            if translated.origin is None:
+                raise InputError("MODEL is missing", "vramplan models lists the built-in ones") from None
+            rest, ctx.params["model"] = [], None
+        if translated.origin is not None and not ctx.params.get("model"):
+            raise InputError(f"{translated.origin.path} names no model", "give it as MODEL")
+        return rest
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         return [*super().get_params(ctx), helping.HELP_ALL]
