@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vramplan.cli import run
-from vramplan.core.dialects import Rewrite, Rewritten, rewrite
+from vramplan.core.dialects import AXOLOTL_ATTENTIONS, Rewrite, Rewritten, rewrite
 from vramplan.core.types import OPTIMIZERS, Plan, RunSpec, TrainerConfig
 from vramplan.report.fit import show_fit
 from vramplan.sources.foreign import read_foreign
@@ -108,6 +108,18 @@ def test_what_a_file_cannot_say_is_said(tool: str) -> None:
     assert keys == {}
     flags = ("--checkpointing every-2", "--upcast all", "--kernels fused", "--allocator", "--packing")
     assert [any(text.startswith(flag) for text in unsaid) for flag in flags] == [True] * 5
+
+
+@pytest.mark.parametrize("old", ["flash_attention", "sdp_attention", "eager_attention", "xformers_attention"])
+@pytest.mark.parametrize("wanted", ["flash_attention_2", "sdpa", "eager"])
+def test_of_axolotls_switches_one_is_on(old: str, wanted: str) -> None:
+    before = held("axolotl").run
+    assert before is not None
+    other = "eager" if wanted == "sdpa" else "sdpa"
+    before = replace(before, levers=replace(before.levers, attention=other))
+    values = {old: True}
+    keys = rewrite("axolotl", values, before, replace(before, levers=replace(before.levers, attention=wanted))).keys
+    assert [key for key, value in {**values, **keys}.items() if value] == [AXOLOTL_ATTENTIONS[wanted]]
 
 
 def test_an_alpha_that_follows_the_rank_is_written_out(tmp_path: Path) -> None:
