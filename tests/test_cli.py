@@ -261,7 +261,7 @@ BAD = {
     "--lora-targets all-linear,q_proj": "--lora-targets must be",
     "--optim adamw_8bits": "--optim has no optimizer 'adamw_8bits' (did you mean",
     "--optim zzz": "one of adamw_torch_fused",
-    "--upcast some": "'--upcast'",
+    "--upcast some": "--upcast cannot be 'some'",
     "--checkpointing every-0": "--checkpointing must be none, all or every-K",
     "--checkpointing sometimes": "--checkpointing must be",
     "--checkpointing none --gradient-checkpointing": "contradicts --gradient-checkpointing",

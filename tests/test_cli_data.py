@@ -80,7 +80,7 @@ def test_a_held_out_file_is_looked_at_and_absolute(cli: Cli, rooms: Rooms, data:
         ("--eval-data none.jsonl", "--eval-data none.jsonl does not exist"),
         ("--eval-fraction 0.1 --eval-split test", "--eval-fraction excludes --eval-data and --eval-split"),
         ("--show-samples -1", "--show-samples must be a whole number from 0"),
-        ("--truncation never", "'--truncation'"),
+        ("--truncation never", "--truncation cannot be 'never'"),
         ("--packing --attn eager", "--packing needs attention that keeps documents apart, which --attn eager does not"),
         ("--packing --padding", "--packing and --padding exclude each other"),
         ("--resume --data-only", "--data-only cannot change when a run is resumed"),

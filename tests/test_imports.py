@@ -51,6 +51,14 @@ ROOMS = {
         third_party=frozenset(TORCH_STACK),
     ),
     "train": Room(ours=(*WITH_TORCH, "vramplan.train"), third_party=frozenset(TORCH_STACK)),
+    # what goes into somebody else's trainer reads its model and explains its end itself: no launcher does it
+    "train/callback.py": Room(
+        ours=(*WITH_TORCH, "vramplan.train", "vramplan.sources", "vramplan.report.compare"),
+        third_party=frozenset(TORCH_STACK),
+    ),
+    "train/observed.py": Room(
+        ours=(*WITH_TORCH, "vramplan.train", "vramplan.sources"), third_party=frozenset(TORCH_STACK)
+    ),
     "train/fast/triton_kernels.py": Room(
         ours=("vramplan.core", "vramplan.train.fast"), third_party=frozenset({"torch", "triton", "bitsandbytes"})
     ),
@@ -60,7 +68,7 @@ ROOMS = {
         third_party=frozenset({"click"}),
     ),
     "errors.py": Room(ours=()),
-    "__init__.py": Room(ours=("vramplan.core", "vramplan.sources")),
+    "__init__.py": Room(ours=("vramplan.core", "vramplan.sources", "vramplan.errors", "vramplan.train.callback")),
     "__main__.py": Room(ours=("vramplan.cli",)),
 }  # fmt: skip
 

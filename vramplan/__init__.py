@@ -9,6 +9,8 @@ Importing this is cheap: the standard library and the types.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, Literal
+
 from vramplan.core.types import (
     Diagnosis,
     GpuProfile,
@@ -21,6 +23,9 @@ from vramplan.core.types import (
     RunSpec,
 )
 
+if TYPE_CHECKING:
+    from vramplan.train.callback import VramplanCallback
+
 __version__ = "0.1.0"
 __all__ = [
     "Diagnosis",
@@ -32,18 +37,33 @@ __all__ = [
     "ModelSpec",
     "Plan",
     "RunSpec",
+    "VramplanCallback",
     "diagnose",
     "estimate",
     "plan",
 ]
 
 
+def __getattr__(name: str) -> Any:
+    """What needs torch and transformers is imported when it is asked for."""
+    if name != "VramplanCallback":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from vramplan.train.callback import VramplanCallback
+    except ModuleNotFoundError as error:
+        from vramplan.errors import MissingExtra
+
+        raise MissingExtra(f"VramplanCallback (no module named {error.name!r})") from error
+    return VramplanCallback
+
+
 def estimate(model: str | ModelSpec, run: RunSpec | None = None, gpu: str | GpuProfile | None = None) -> Ledger:
     """What every byte of a run will be, at the highest point of a steady step.
 
-    `model` is a built-in name, a Hub id, a path, or a ModelSpec; `gpu` a card's name or a profile; `run` defaults to
-    the lean recipe at 1 x 2048 tokens. Raises vramplan.errors.VramplanError for bad input and Unplannable for a run
-    that has no answer.
+    `model` is a built-in name, a Hub id, a path, or a ModelSpec; `gpu` a card's name, "live" for this machine's, or a
+    profile, whose chip decides some sizes; `run` defaults to the lean recipe at 1 x 2048 tokens. The lines of the
+    ledger add up to `peak.device_bytes`; a notebook shows it as a table. Raises vramplan.errors.VramplanError for bad
+    input and Unplannable for a run that has no answer.
     """
     from vramplan.core.ledger import estimate as of
 
@@ -57,9 +77,14 @@ def plan(
     gpu: str | GpuProfile,
     effective_batch_size: int,
     run: RunSpec | None = None,
-    objective: str = "speed",
+    objective: Literal["speed", "memory", "context"] = "speed",
 ) -> Plan:
-    """The best run on this card with exactly this effective batch; its verdict may be "does_not_fit", with advice."""
+    """The best run on this card with exactly this effective batch; its verdict may be "does_not_fit", with advice.
+
+    Searched are micro-batch, checkpointing and where checkpoints wait; everything else stays as `run` has it.
+    `objective`: the most tokens/s (modelled), the fewest bytes, or the longest sequence that fits. Raises as
+    `estimate` does.
+    """
     from vramplan.core.plan import plan as of
 
     spec = _model(model)
@@ -87,6 +112,10 @@ def _model(model: str | ModelSpec) -> ModelSpec:
 def _gpu(gpu: str | GpuProfile) -> GpuProfile:
     if isinstance(gpu, GpuProfile):
         return gpu
+    if gpu == "live":
+        from vramplan.sources.gpu import live_gpu
+
+        return live_gpu()
     from vramplan.sources.profiles import load_gpu
 
     return load_gpu(gpu)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-OK, OUR_ERROR, BAD_INPUT, DOES_NOT_FIT, ENDED_IN_OOM = 0, 1, 2, 3, 4
+OK, OUR_ERROR, BAD_INPUT, DOES_NOT_FIT, ENDED_IN_OOM, ROSE = 0, 1, 2, 3, 4, 5
 
 
 class VramplanError(Exception):

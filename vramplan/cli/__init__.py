@@ -1,12 +1,15 @@
 """The only user of click: parse, call, render, exit code. Subcommands are loaded when they are asked for.
 
-Exit codes: 0 done or fits; 1 our error; 2 bad input; 3 does not fit; 4 the run ended in OOM; 130 interrupted.
+Exit codes: 0 done or fits; 1 our error; 2 bad input; 3 does not fit; 4 the run ended in OOM; 5 needs more than
+its lock; 130 interrupted.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
+from typing import Any
 
 import click
 
@@ -19,7 +22,9 @@ COMMANDS = {
     "estimate": "Predict the memory of a run, line by line, without a GPU.",
     "check": "Ask whether a run fits what is free on this machine's card now.",
     "fit": "Choose levers and micro-batch for one card and one effective batch.",
+    "lock": "Keep what a run is expected to need, and say later if it needs more.",
     "train": "Run QLoRA fine-tuning and print what it used beside the prediction.",
+    "watch": "Show a run that was started elsewhere while it goes on.",
     "merge": "Merge an adapter into its base model, without a GPU.",
     "measure": "Measure a few steps on this machine's card, beside the prediction.",
     "calibrate": "Measure overheads and speed of this machine's card once, for its plans.",
@@ -28,6 +33,7 @@ COMMANDS = {
     "audit": "Say what in a trainer's configuration costs memory, before anything runs.",
     "gpus": "List the stored cards and this machine's.",
     "models": "List the built-in models.",
+    "completion": "Print the script that makes a shell complete all of this.",
     "quickstart": "See it all on a tiny model: no GPU, no Hub, under three minutes.",
 }
 
@@ -45,6 +51,13 @@ class LazyGroup(click.Group):
 
         command: click.Command = import_module(f"vramplan.cli.{cmd_name}").command
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
+        """Of the names alone: click's own would import every command for its help."""
+        from click.shell_completion import CompletionItem
+
+        found = [CompletionItem(name, help=text) for name, text in COMMANDS.items() if name.startswith(incomplete)]
+        return [*found, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -97,7 +110,9 @@ def run(argv: list[str]) -> int:
         if reconfigure is not None:
             reconfigure(errors="replace")
     if "_VRAMPLAN_COMPLETE" in os.environ:  # shell completion is click's own
-        root.main(args=argv, prog_name="vramplan")
+        with suppress(Exception):  # a line that makes no sense so far has nothing to offer, and no traceback
+            root.main(args=argv, prog_name="vramplan")
+        return OK
     own = argv[: argv.index("--")] if "--" in argv else argv  # what comes after it is somebody else's
     debug = "--debug" in own
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from vramplan.cli import build, options
+from vramplan.cli import build, complete, options
 from vramplan.cli.output import print_json
 from vramplan.core.types import ModelSpec, TrainerConfig
 from vramplan.errors import DOES_NOT_FIT, OK, InputError, VramplanError
@@ -18,7 +18,7 @@ FILES = (".yaml", ".yml", ".toml", ".json")
 
 
 @click.command("audit", cls=options.SectionCommand, epilog=EXAMPLE)
-@click.argument("path", metavar="FILE|MODEL")
+@click.argument("path", metavar="FILE|MODEL", shell_complete=complete.path)
 @click.option("--model", cls=options.SectionOption, section="Run", metavar="NAME",
               help="The model, where the file names none, or another.")  # fmt: skip
 @click.option("--gpu", cls=options.SectionOption, section="Card", metavar="NAME|live",

@@ -117,7 +117,7 @@ def outline(params: Params) -> tuple[dict[str, Any], ModelSpec | None, ModelSpec
 def run_spec(params: Params, spec: ModelSpec | Outline) -> RunSpec:
     """The run that the flags describe. `InputError` names the flag that cannot be."""
     micro, accumulation = batch(params)
-    return RunSpec(
+    run = RunSpec(
         model=params["model"],
         model_path=params["model_path"],
         micro_batch_size=micro,
@@ -138,6 +138,8 @@ def run_spec(params: Params, spec: ModelSpec | Outline) -> RunSpec:
         gpus=params.get("gpus") or 1,
         parallel=parallel(params),
     )
+    origin = params.get("origin")
+    return run if origin is None else origin.completed(run, spec)
 
 
 def parallel(params: Params) -> str:

@@ -7,15 +7,15 @@ from typing import Any
 
 import click
 
-from vramplan.cli import build, options, pictures
+from vramplan.cli import build, complete, options, pictures
 from vramplan.cli.output import print_json
 from vramplan.errors import DOES_NOT_FIT, OK, InputError
 
 
 @click.command("check", cls=options.SectionCommand, epilog="Example: vramplan check llama-2-7b --batch-size 2")
-@click.argument("model", required=False)
-@options.use(options.BATCH, options.RUN, options.LORA, options.LEVERS, options.GPU_INDEX, options.CALIBRATION,
-             options.PICTURES, options.OUTPUT)  # fmt: skip
+@click.argument("model", required=False, shell_complete=complete.model)
+@options.use(options.FROM, options.BATCH, options.RUN, options.LORA, options.LEVERS, options.GPU_INDEX,
+             options.CALIBRATION, options.PICTURES, options.OUTPUT)  # fmt: skip
 def command(**params: Any) -> int:
     """Show who holds what of this machine's card, and whether fine-tuning MODEL fits what is free."""
     from vramplan.core.check import check

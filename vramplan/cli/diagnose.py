@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vramplan.cli import build, options, pictures
+from vramplan.cli import build, complete, options, pictures
 from vramplan.cli.diagnosed import Given, sort_paths
 from vramplan.cli.output import print_json
 from vramplan.core.types import SCHEMA_VERSION, GpuProfile, ModelSpec, OomEvidence, Plan, RunSpec, Unplannable
@@ -26,7 +26,7 @@ NOT_FOUND = "No out-of-memory report found in {}."
 
 
 @click.command("diagnose", cls=options.SectionCommand, epilog=EXAMPLE)
-@click.argument("paths", metavar="LOG|RUN_DIR|SNAPSHOT|-...", nargs=-1, required=True)
+@click.argument("paths", metavar="LOG|RUN_DIR|SNAPSHOT|-...", nargs=-1, required=True, shell_complete=complete.path)
 @click.option("--run", "run_file", cls=options.SectionOption, section="Run", metavar="FILE",
               help="The run: run.json or plan.json.")  # fmt: skip
 @click.option("--model", cls=options.SectionOption, section="Run", metavar="NAME",

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from vramplan.cli import build, options, pictures
+from vramplan.cli import build, complete, options, pictures
 from vramplan.cli.output import print_json
 from vramplan.core.types import GpuProfile, GpuVerdict, Ledger, ModelSpec, Offer
 from vramplan.errors import DOES_NOT_FIT, OK, InputError
@@ -17,9 +17,10 @@ EXAMPLE = "Example: vramplan estimate llama-3.1-8b --batch-size 4 --gpu all --pr
 
 
 @click.command("estimate", cls=options.SectionCommand, epilog=EXAMPLE)
-@click.argument("model")
-@options.use(options.BATCH, options.PARALLEL, options.RUN, options.LORA, options.LEVERS, options.GPUS,
-             options.GPU_INDEX, options.PRICES, options.TRACE, options.PICTURES, options.OUTPUT)  # fmt: skip
+@click.argument("model", shell_complete=complete.model)
+@options.use(options.FROM, options.BATCH, options.PARALLEL, options.RUN, options.LORA, options.LEVERS, options.GPUS,
+             options.GPU_INDEX, options.PRICES, options.EXPLAIN, options.TRACE, options.PICTURES,
+             options.OUTPUT)  # fmt: skip
 @click.pass_context
 def command(ctx: click.Context, /, **params: Any) -> int:
     """Predict the memory of fine-tuning MODEL: a built-in name, a Hub id, or a path to config.json or its folder."""
@@ -27,6 +28,8 @@ def command(ctx: click.Context, /, **params: Any) -> int:
         raise InputError("--full-depth is about tracing", "add --trace")
     if params["trace"] and params["gpus"] > 1:
         raise InputError("--trace plays one GPU", "leave out --gpus, or --trace")
+    if params["trace"] and params["explain"] is not None:
+        raise InputError("--explain is of a run that is played, not traced", "leave out --trace, or --explain")
     if params["trace"] and params["price"]:
         raise InputError("--price is for runs that are played, not traced", "leave out --trace, or --price")
     pictures.check(params)
@@ -35,6 +38,8 @@ def command(ctx: click.Context, /, **params: Any) -> int:
     found = build.cards(names, params["calibration"], params["gpu_index"])
     cards = build.able(found, packing=params["packing"])
     chip = next((card for card, named in cards if named), None)
+    if params["explain"] is not None:
+        return _explain(params, chip)
     if not params["trace"] and ("all" in names or params["price"]):
         return _guide(params, cards, chip)
     ledger, spec = _traced(params, chip) if params["trace"] else _played(params, chip)
@@ -47,9 +52,36 @@ def command(ctx: click.Context, /, **params: Any) -> int:
     else:
         from vramplan.report.estimate import show_estimate
 
-        show_estimate(sys.stdout, ledger, verdicts, width=params["width"])
+        origin = params.get("origin")
+        show_estimate(sys.stdout, ledger, verdicts, source=origin.path if origin else None, width=params["width"])
     pictures.draw(params, ledger, chip, verdicts)
     return _exit_code(cards, [verdict.verdict != "does_not_fit" for verdict in verdicts])
+
+
+def _explain(params: dict[str, Any], chip: GpuProfile | None) -> int:
+    """One line of the ledger, taken apart."""
+    from vramplan.core.explain import explain, find
+    from vramplan.sources.profiles import suggest
+
+    ledger, _ = _played(params, chip)
+    line = find(ledger, params["explain"])
+    if line is None:
+        keys = [line.key for line in ledger.lines]
+        near = suggest(params["explain"], [*keys, *(key.partition(".")[2] for key in keys)])
+        raise InputError(
+            f"--explain {params['explain']}: the ledger of this run has no such line",
+            near or f"one of {', '.join(keys)}",
+        )
+    found = explain(ledger, line, chip)
+    if params["as_json"]:
+        from vramplan.report.payload import explain_payload
+
+        print_json(explain_payload(found))
+    else:
+        from vramplan.report.explain import show_explanation
+
+        show_explanation(sys.stdout, found, width=params["width"])
+    return OK
 
 
 def _guide(params: dict[str, Any], cards: list[tuple[GpuProfile, bool]], chip: GpuProfile | None) -> int:

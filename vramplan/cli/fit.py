@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vramplan.cli import build, options, pictures, runner
+from vramplan.cli import build, complete, options, pictures, rewriting, runner
 from vramplan.cli.output import print_json
 from vramplan.core.lengths import longest_run
-from vramplan.core.types import SEARCHED, GpuProfile, GpuVerdict, Lengths, ModelSpec, Plan, RunSpec
+from vramplan.core.types import GpuProfile, GpuVerdict, Lengths, ModelSpec, Plan, RunSpec
 from vramplan.errors import DOES_NOT_FIT, OK, InputError
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ EXAMPLE = "Example: vramplan fit llama-2-7b --effective-batch-size 16 --gpu rtx-
 
 
 @click.command("fit", cls=options.SectionCommand, epilog=EXAMPLE)
-@click.argument("model")
-@options.use(options.FIT, options.ONE_GPU, options.GPU_INDEX, options.CALIBRATION, options.RUN, options.LORA,
-             options.LEVERS, options.DATA, options.PICTURES, options.OUTPUT)  # fmt: skip
+@click.argument("model", shell_complete=complete.model)
+@options.use(options.FROM, options.FIT, options.ONE_GPU, options.GPU_INDEX, options.CALIBRATION, options.RUN,
+             options.LORA, options.LEVERS, options.DATA, options.PICTURES, options.OUTPUT)  # fmt: skip
 @click.pass_context
 def command(ctx: click.Context, /, **params: Any) -> int:
     """Choose the levers and the micro-batch with which MODEL trains best on one card."""
@@ -36,6 +36,7 @@ def command(ctx: click.Context, /, **params: Any) -> int:
     target = Path(params["output"]) if params["output"] else None
     if target is not None and (target.is_dir() or not target.parent.is_dir()):
         raise InputError(f"-o {target} cannot be written", "name a file in a folder that exists")
+    rewriting.in_words(params.get("origin"), target)
     spec = build.model_spec(params)
     run, lengths = _run(params, spec)
     with ExitStack() as stack:
@@ -69,7 +70,8 @@ def _plan(params: build.Params, spec: ModelSpec, run: RunSpec, card: GpuProfile,
 
     free, wanted = _free(params), (params["effective_batch_size"], params["objective"])
     limit = checkpoint_limit_bytes() if params["gpu"] == "live" else None  # another card's computer is not known
-    plan = make_plan(spec, run, card, *wanted, free=free, lengths=lengths, host_limit_bytes=limit)
+    search = rewriting.searched(params.get("origin"))
+    plan = make_plan(spec, run, card, *wanted, free=free, lengths=lengths, host_limit_bytes=limit, **search)
     build.warn(*plan.ledger.warnings)
     if lengths is not None:
         _say_packed(plan, make_plan(spec, replace(plan.run, packing=True), card, *wanted, free=free))
@@ -86,8 +88,12 @@ def _prober(params: build.Params, stack: ExitStack) -> Prober | None:
 
 def _show(plan: Plan, target: Path | None, params: build.Params, compared_at: int) -> None:
     """Write the plan, unless nothing fits, and print it; its combinations are of rows of so many tokens."""
-    fits = plan.verdict != "does_not_fit"
-    if fits and target is not None:
+    fits, origin = plan.verdict != "does_not_fit", params.get("origin")
+    in_words = rewriting.in_words(origin, target)
+    words = None
+    if fits and origin is not None and origin.config is not None and (in_words or target is None):
+        words = rewriting.words_of(origin, plan, target)
+    elif fits and target is not None:
         from vramplan.sources.records import write_json
 
         write_json(target, plan)
@@ -95,11 +101,13 @@ def _show(plan: Plan, target: Path | None, params: build.Params, compared_at: in
         from vramplan.sources.records import encode
 
         print_json(encode(plan))
+        if words is not None:
+            rewriting.tell(words)
     else:
         from vramplan.report.fit import show_fit
 
         written = str(target) if fits and target else None
-        show_fit(sys.stdout, plan, written=written, compared_at=compared_at, width=params["width"])
+        show_fit(sys.stdout, plan, written=written, compared_at=compared_at, words=words, width=params["width"])
 
 
 def _free(params: build.Params) -> tuple[str, ...]:
@@ -109,7 +117,7 @@ def _free(params: build.Params) -> tuple[str, ...]:
         settled.add("checkpointing")
     if params["checkpoint_offload"] is not None:
         settled.add("checkpoint_offload")
-    return tuple(lever for lever in SEARCHED if lever not in settled)
+    return tuple(lever for lever in rewriting.levers_of(params.get("origin")) if lever not in settled)
 
 
 def _say_packed(plan: Plan, packed: Plan) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vramplan.cli import build, error_line, options, pictures, runner
+from vramplan.cli import build, complete, error_line, options, pictures, runner
 from vramplan.cli.output import print_json
 from vramplan.core.types import GpuProfile, Ledger, Measurement, ModelSpec, Schedule, Unplannable
 from vramplan.errors import ENDED_IN_OOM, OK, OUR_ERROR, InputError, VramplanError
@@ -25,7 +25,7 @@ ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 @click.command("measure", cls=options.SectionCommand, epilog=EXAMPLE)
-@click.argument("model")
+@click.argument("model", shell_complete=complete.model)
 @options.use(options.BATCH, options.RUN, options.MEASURE, options.LORA, options.LEVERS, options.CALIBRATION,
              options.FILES, options.OUTPUT)  # fmt: skip
 def command(**params: Any) -> int:

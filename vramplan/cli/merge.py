@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from vramplan.cli import build, error_line, options, runner
+from vramplan.cli import build, complete, error_line, options, runner
 from vramplan.cli.output import print_json
 from vramplan.core.names import public_name
 from vramplan.core.types import MERGE_BASES, MERGE_DTYPES, SCHEMA_VERSION, MergeSpec, RunSpec
@@ -38,18 +38,18 @@ class Size(options.ParamType):
 _run, _out = options.in_section("Run"), options.in_section("Output")
 OPTIONS: options.Section = (
     _run("--base", metavar="MODEL", help="Base model: folder, Hub id or built-in name.  [default: the adapter's own]"),
-    _run("--onto", type=click.Choice(MERGE_BASES), default="original", show_default=True,
+    _run("--onto", type=options.Choice(MERGE_BASES), default="original", show_default=True,
          help="original: the base's weights. nf4: those weights as 4 bits had rounded them, as in training."),
     _run("--double-quant/--no-double-quant", default=None,
          help="How they were rounded.  [default: as in the run, else double-quant]"),
     _out("-o", "--output", metavar="DIR", required=True, help="Folder to make."),
-    _out("--dtype", type=click.Choice(MERGE_DTYPES), default="bfloat16", show_default=True, help="Of the result."),
+    _out("--dtype", type=options.Choice(MERGE_DTYPES), default="bfloat16", show_default=True, help="Of the result."),
     _out("--max-shard-size", type=Size(), default="5GB", show_default=True, metavar="SIZE", help="Of one file."),
 )  # fmt: skip
 
 
 @click.command("merge", cls=options.SectionCommand, epilog=EXAMPLE)
-@click.argument("source", metavar="RUN_DIR|ADAPTER")
+@click.argument("source", metavar="RUN_DIR|ADAPTER", shell_complete=complete.folder)
 @options.use(OPTIONS, options.OUTPUT)
 def command(**params: Any) -> int:
     """Merge the adapter of RUN_DIR (or the folder ADAPTER of a plain PEFT adapter) into its base model.

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 
+from vramplan.cli import complete, helping
+from vramplan.cli.helping import flag_of as flag_of
 from vramplan.core.types import (
     ALLOCATORS,
     ATTENTIONS,
@@ -32,13 +34,6 @@ Section = Sequence[Callable[[Any], Any]]
 
 MOST_PER_HOUR = 1e9  # in any currency
 MANY = 1_000_000  # no sensible count is larger; keeps the arithmetic fast and typing errors out
-
-
-def flag_of(param: click.Parameter | None) -> str:
-    """The flag as the user knows it: "--batch-size", or "MODEL" for an argument."""
-    if isinstance(param, click.Option):
-        return next((name for name in param.opts if name.startswith("--")), param.opts[0])
-    return param.human_readable_name if param is not None else "value"
 
 
 class Whole(ParamType):
@@ -99,11 +94,31 @@ class OneOf(ParamType):
             raise InputError(f"{flag_of(param)} has no {self.name} {value!r}", hint)
         return str(name)
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        return complete.starting(self.names, incomplete)
+
+
+class Choice(click.Choice):  # type: ignore[type-arg]  # not generic before click 8.2
+    """One of a few words, with the nearest one suggested."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            from vramplan.sources.profiles import suggest
+
+            words = [str(choice) for choice in self.choices]
+            hint = suggest(str(value), words) or f"one of {', '.join(words)}"
+            raise InputError(f"{flag_of(param)} cannot be {value!r}", hint) from None
+
 
 class Checkpointing(ParamType):
     """none, all or every-K."""
 
     name = "none|all|every-K"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        return complete.starting(("none", "all", "every-2", "every-4"), incomplete)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         head, _, count = str(value).partition("every-")
@@ -131,6 +146,22 @@ class Targets(ParamType):
         if "" in names or ("all-linear" in names and len(names) > 1):
             raise InputError(f"{flag_of(param)} must be all-linear or names with commas, not {value!r}")
         return names
+
+
+class Share(ParamType):
+    """A share of 1: "2%" or "0.02"."""
+
+    name = "SHARE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip()
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = math.nan
+        if not 0 <= share < 1:
+            raise InputError(f"{flag_of(param)} must be a share below 1, as 2% or 0.02, not {value}")
+        return share
 
 
 class Price(ParamType):
@@ -170,11 +201,18 @@ class SectionOption(click.Option):
         super().__init__(*args, **kwargs)
         self.section = section
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
+        """By what the help says that follows: a file, a folder, a model, a card."""
+        known = complete.for_option(flag_of(self), str(self.metavar or ""))
+        return super().shell_complete(ctx, incomplete) if known is None else known(ctx, self, incomplete)
+
 
 class SectionCommand(click.Command):
     """A command that takes Hugging Face's spellings, and whose --help groups the options by section."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if ctx.resilient_parsing:  # a shell asks what could follow: nothing is read
+            return super().parse_args(ctx, args)
         from vramplan.cli.spelling import Translation, suggestion
 
         translated = Translation(self).read(args)
@@ -182,8 +220,11 @@ class SectionCommand(click.Command):
             click.echo(f"note: {note}", err=True)
         if translated.model is not None:
             ctx.default_map = {**(ctx.default_map or {}), "model": translated.model}
+        ctx.meta["vramplan.own"] = translated.own
+        if translated.origin is not None:
+            ctx.params["origin"] = translated.origin
         try:
-            return super().parse_args(ctx, translated.words)
+            rest = super().parse_args(ctx, translated.words)
         except click.NoSuchOption as error:
             known = {name for param in self.params for name in param.opts if name.startswith("--")}
             name = error.option_name
@@ -191,18 +232,20 @@ class SectionCommand(click.Command):
         except click.MissingParameter as error:
             if flag_of(error.param) != "MODEL":
                 raise
-            raise InputError("MODEL is missing", "vramplan models lists the built-in ones") from None
+            if translated.origin is None:
+                raise InputError("MODEL is missing", "vramplan models lists the built-in ones") from None
+            rest, ctx.params["model"] = [], None
+        if translated.origin is not None and not ctx.params.get("model"):
+            raise InputError(f"{translated.origin.path} names no model", "give it as MODEL")
+        return rest
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        return [*super().get_params(ctx), helping.HELP_ALL]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in SECTIONS}
-        for param in self.get_params(ctx):
-            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
-            if record is not None:
-                sections[getattr(param, "section", "Output")].append(record)
-        for title, records in sections.items():
-            if records:
-                with formatter.section(title):
-                    formatter.write_dl(records)
+        helping.write_options(
+            [p for p in self.get_params(ctx) if isinstance(p, click.Option)], SECTIONS, ctx, formatter
+        )
 
 
 def use(*sections: Section) -> Callable[[F], F]:
@@ -236,7 +279,7 @@ RUN: Section = (
     _run("--config", metavar="FILE.toml", expose_value=False,
          help="Run file: flags as TOML keys. What is on the command line too counts there."),
     _run("--seq-len", type=Whole(), help="Tokens per sequence.  [default: 2048, or the model's limit]"),
-    _run("--recipe", type=click.Choice(("lean", "peft")), default="lean", show_default=True,
+    _run("--recipe", type=Choice(("lean", "peft")), default="lean", show_default=True,
          help="lean: ours. peft: the tutorials' stock run."),
     _run("--double-quant/--no-double-quant", default=True, show_default=True, help="Quantise the constants too."),
     _run("--padding/--no-padding", default=False, show_default=True, help="Batches hold padding (attention mask)."),
@@ -244,6 +287,11 @@ RUN: Section = (
          help="Several documents in a row, which do not see each other."),
     _run("--model-path", metavar="PATH", help="Where the weights are, when not at MODEL: folder, Hub id, GGUF file."),
     _run("--trust-remote-code", is_flag=True, help="Let the model's repository run its own code."),
+)  # fmt: skip
+
+FROM: Section = (
+    _run("--from", metavar="FILE", expose_value=False,
+         help="The run of this file: axolotl, LLaMA-Factory, TRL, TrainingArguments, run.json, plan.json. Flags win."),
 )  # fmt: skip
 
 BATCH: Section = (
@@ -255,7 +303,7 @@ BATCH: Section = (
 
 PARALLEL: Section = (
     _run("--gpus", type=Whole(1, 1024), default=1, show_default=True, help="GPUs that train together, all machines."),
-    _run("--parallel", type=click.Choice(("ddp", "fsdp")),
+    _run("--parallel", type=Choice(("ddp", "fsdp")),
          help="ddp: the model whole on each GPU. fsdp: its weights shared out.  [default: ddp]"),
 )  # fmt: skip
 
@@ -269,16 +317,16 @@ LORA: Section = (
 )  # fmt: skip
 
 LEVERS: Section = (
-    _lever("--upcast", type=click.Choice(UPCASTS), help="Which unquantised parameters become float32."),
-    _lever("--loss", type=click.Choice(LOSSES), help="Full logits, or fused with the head."),
+    _lever("--upcast", type=Choice(UPCASTS), help="Which unquantised parameters become float32."),
+    _lever("--loss", type=Choice(LOSSES), help="Full logits, or fused with the head."),
     _lever("--checkpointing", type=Checkpointing(), metavar="none|all|every-K", help="Which layers are checkpointed."),
     _lever("--gradient-checkpointing/--no-gradient-checkpointing", default=None, help="The same as all or none."),
     _lever("--checkpoint-offload/--no-checkpoint-offload", default=None, help="Keep checkpoints in host memory."),
     _lever("--optim", type=OneOf(OPTIMIZERS, "optimizer", OPTIMIZER_ALIASES), metavar="NAME",
            help="Optimizer, by its transformers name."),
-    _lever("--attn", type=click.Choice(ATTENTIONS), help="Attention implementation."),
-    _lever("--kernels", type=click.Choice(KERNELS), help="Fused layers, or transformers' and PEFT's own."),
-    _lever("--allocator", type=click.Choice(ALLOCATORS), help="PyTorch's allocator, expandable segments or not."),
+    _lever("--attn", type=Choice(ATTENTIONS), help="Attention implementation."),
+    _lever("--kernels", type=Choice(KERNELS), help="Fused layers, or transformers' and PEFT's own."),
+    _lever("--allocator", type=Choice(ALLOCATORS), help="PyTorch's allocator, expandable segments or not."),
 )  # fmt: skip
 
 CALIBRATION: Section = (
@@ -340,15 +388,15 @@ DATA: Section = (
     _data("--eval-split", metavar="NAME", help="Split of the data set to measure the loss on."),
     _data("--eval-fraction", type=Number(0, 1, high_open=True), default=0.0, show_default=True,
           help="Share of rows held out to measure the loss."),
-    _data("--truncation", type=click.Choice(TRUNCATIONS), default="cut", show_default=True,
+    _data("--truncation", type=Choice(TRUNCATIONS), default="cut", show_default=True,
           help="What a row over --seq-len does."),
-    _data("--on-bad-row", type=click.Choice(("fail", "skip")), default="fail", show_default=True,
+    _data("--on-bad-row", type=Choice(("fail", "skip")), default="fail", show_default=True,
           help="What a row that cannot be used does."),
     _data("--assistant-only-loss/--no-assistant-only-loss", default=True, show_default=True,
           help="Of a conversation learn only what the assistant says."),
     _data("--completion-only-loss/--no-completion-only-loss", default=True, show_default=True,
           help="Of prompt and completion learn only the completion."),
-    _data("--train-sampling-strategy", type=click.Choice(SAMPLINGS), default="random", show_default=True,
+    _data("--train-sampling-strategy", type=Choice(SAMPLINGS), default="random", show_default=True,
           help="Order of the rows."),
     _data("--group-by-length", is_flag=True, help="The same as --train-sampling-strategy group_by_length."),
     _data("--show-samples", type=Whole(0, 1000), default=0, show_default=True,
@@ -373,6 +421,10 @@ PICTURES: Section = (
     _out("--measured", metavar="RUN_DIR|FILE", help="Draw too what a run, or vramplan measure, has measured of it."),
 )
 
+EXPLAIN: Section = (
+    _out("--explain", metavar="LINE", help="Take one line of the ledger apart: formula, tensors, source."),
+)
+
 TRACE: Section = (
     _out("--trace", is_flag=True, help="Trace the real libraries' step, for any architecture (no GPU; needs torch)."),
     _out("--full-depth", is_flag=True, help="Trace every layer rather than a few that stand for all."),
@@ -380,11 +432,18 @@ TRACE: Section = (
 
 FIT: Section = (
     _run("--effective-batch-size", type=Whole(), required=True, help="Micro-batch x accumulation, exactly."),
-    _run("--objective", type=click.Choice(OBJECTIVES), default="speed", show_default=True,
+    _run("--objective", type=Choice(OBJECTIVES), default="speed", show_default=True,
          help="What to make the most of."),
     _run("--probe", is_flag=True, help="Try the plan on this machine's card, in a short run of its own."),
     _out("-o", "--output", metavar="FILE", help="Write the plan, for vramplan train."),
 )  # fmt: skip
+
+LOCK: Section = (
+    _out("-o", "--output", metavar="FILE", help="Write the lock here.  [default: vramplan.lock]"),
+    _out("--check", metavar="FILE", help="Estimate the run of this lock again; exit code 5 if it needs more."),
+    _out("--tolerance", type=Share(), default="2%", show_default=True, help="By how much the peak may rise."),
+    _card("--gpu", metavar="NAME", help="The card whose chip decides; of compute capability 8.9 without."),
+)
 
 TRAIN: Section = (
     _run("--effective-batch-size", type=Whole(), help="Micro-batch x accumulation x GPUs, exactly."),
@@ -400,11 +459,13 @@ TRAIN: Section = (
 MEASURE: Section = (
     _run("--steps", type=Whole(2, 1000), default=3, show_default=True, help="Optimizer steps; the last is reported."),
     _run("--layers", type=Whole(1, 10_000), help="Only this many of the model's layers, for a quick look."),
-    _run("--driver", type=click.Choice(("trainer", "loop")), default="trainer", show_default=True,
+    _run("--driver", type=Choice(("trainer", "loop")), default="trainer", show_default=True,
          help="Who plays the step: transformers' Trainer, or a plain loop under autocast."),
     _out("-o", "--output", metavar="FILE", default="measurements.jsonl", show_default=True,
          help="Append the measurement here, as one line."),
 )  # fmt: skip
+
+WATCH: Section = (_out("--once", is_flag=True, help="Show it as it is now, and stop."),)
 
 CALIBRATE: Section = (
     _out("--show", is_flag=True, help="Show what was measured before, and measure nothing."),

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from vramplan.cli.options import Number, OneOf, ParamType, Section, SectionOption, Whole, flag_of, names_in
+from vramplan.cli.options import Choice, Number, OneOf, ParamType, Section, SectionOption, Whole, flag_of, names_in
 from vramplan.core.types import INTERVALS, LR_SCHEDULERS, ON_NAN, REPORTERS, SAVE_STRATEGIES, Schedule
 from vramplan.errors import InputError
 
@@ -69,7 +69,7 @@ SCHEDULE: Section = (
     _sched("--rehearsal/--no-rehearsal", "Try the largest batch, evaluation too, before the first step."),
     _sched("--cuda-graphs/--no-cuda-graphs", "Start short micro-steps as one, where memory is to spare."),
     _sched("--on-nan", "Steps without a finite gradient are left out; stop: three in a row end the run.",
-           type=click.Choice(ON_NAN)),
+           type=Choice(ON_NAN)),
     _sched("--seed", "Of data order and adapter.", type=Whole(0, 2**32 - 1)),
     _sched("--data-seed", "Of data order alone.", type=Whole(0, 2**32 - 1)),
     _sched("--full-determinism", "Deterministic kernels: slower, the same to the last bit.", is_flag=True),
@@ -77,11 +77,11 @@ SCHEDULE: Section = (
     _eval("--report-to", f"Who else gets the numbers: {', '.join(REPORTERS)}.", type=Reporters(),
           metavar="a,b|all|none"),
     _eval("--run-name", "Its name there.  [default: the run folder's]", metavar="NAME"),
-    _eval("--save-strategy", "When to save a checkpoint.", type=click.Choice(SAVE_STRATEGIES)),
+    _eval("--save-strategy", "When to save a checkpoint.", type=Choice(SAVE_STRATEGIES)),
     _eval("--save-steps", "Steps between checkpoints.", type=Whole(1, STEPS)),
     _eval("--save-total-limit", "Checkpoints kept, the best one among them; 0: all.", type=Whole(0)),
     _eval("--eval-strategy", "When to measure the held-out loss, besides before and after.",
-          type=click.Choice(INTERVALS)),
+          type=Choice(INTERVALS)),
     _eval("--eval-steps", "Steps between evaluations.  [default: --save-steps]", type=Whole(1, STEPS)),
     _eval("--per-device-eval-batch-size", "Rows at a time.  [default: the micro-batch]", type=Whole()),
     _eval("--load-best-model-at-end", "Keep the adapter with the lowest held-out loss.", is_flag=True),

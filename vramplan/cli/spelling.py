@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from vramplan.errors import InputError
+
+if TYPE_CHECKING:
+    from vramplan.cli.from_file import Origin
 
 # Names of TrainingArguments, SFTConfig, ModelConfig and LoraConfig -> ours.
 ALIASES = {
@@ -83,9 +87,11 @@ _NOTHING = ("false", "none", "no", "0", "0.0")
 
 
 class Translation:
-    """One command line on its way into our words. `words` is the result, `model` what a run file says of MODEL."""
+    """One command line on its way into our words. `words` is the result, `model` what a file says of MODEL, `origin`
+    the file of `--from`, `own` the command line alone, its files unread."""
 
     def __init__(self, command: click.Command) -> None:
+        self.command = command.name or ""
         self.options = {
             name: param
             for param in command.params
@@ -97,6 +103,9 @@ class Translation:
         self.model: str | None = None
         self._given: set[str] = set()  # canonical names that were written on the command line
         self._files: list[str] = []
+        self.origin: Origin | None = None
+        self.own: list[str] = []
+        self._from: str | None = None
 
     def read(self, args: Sequence[str]) -> Translation:
         rest = deque(args)
@@ -109,8 +118,13 @@ class Translation:
                 self._flag(word, rest)
             else:
                 self.words.append(word)
+        self.own = [f"--config={file}" for file in self._files]
+        self.own += [] if self._from is None else [f"--from={self._from}"]
+        self.own += self.words
         for file in self._files:
             self._read_file(file)
+        if self._from is not None:
+            self._read_origin(self._from)
         return self
 
     def _flag(self, word: str, rest: deque[str]) -> None:
@@ -137,6 +151,12 @@ class Translation:
         self._given.add(param.name or "")
         if name == "--config":
             self._files.append(_value(name, said, rest))
+        elif name == "--from":
+            path = _value(name, said, rest)
+            if path.lower().endswith(".toml"):  # a run file of ours
+                self._files.append(path)
+            else:
+                self._from = path
         elif param.is_flag:
             if said is None and rest and rest[0].lower() in _BOOLEANS:
                 said = rest.popleft()
@@ -192,6 +212,16 @@ class Translation:
                     text = ",".join(each) if isinstance(each, list) else str(each)
                     self._flag(f"{name}={text}", deque())
         self.words += here
+
+    def _read_origin(self, path: str) -> None:
+        """The run of another file in front; what a flag or a run file says too stays as it is there."""
+        from vramplan.cli.from_file import read_origin
+
+        self.origin = read_origin(path)
+        names = {param.name or "" for param in self.options.values()}
+        self.words = [*self.origin.words(self.command, names, self._given), *self.words]
+        self.notes += self.origin.notes
+        self.model = self.model or self.origin.run.model or None
 
 
 def _value(name: str, said: str | None, rest: deque[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from vramplan.cli import build, options, pictures, runner
+from vramplan.cli import build, complete, options, pictures, runner
 from vramplan.cli.options import flag_of
 from vramplan.cli.schedule_options import SCHEDULE
 from vramplan.core.types import GpuProfile, Ledger, ModelSpec, Plan, RunSpec, Schedule
@@ -31,7 +31,7 @@ EXAMPLE = "Example: vramplan train plan.json --data conversations.jsonl -o runs/
 
 
 @click.command("train", cls=options.SectionCommand, epilog=EXAMPLE)
-@click.argument("model", required=False, metavar="MODEL|plan.json")
+@click.argument("model", required=False, metavar="MODEL|plan.json", shell_complete=complete.model)
 @options.use(options.DATA, options.TRAIN, SCHEDULE, options.BATCH, options.PARALLEL, options.RUN, options.LORA,
              options.LEVERS, options.CALIBRATION, options.FILES, options.OUTPUT)  # fmt: skip
 @click.pass_context

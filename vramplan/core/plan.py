@@ -28,6 +28,7 @@ def plan(
     free: tuple[str, ...] = SEARCHED,
     lengths: Lengths | None = None,
     host_limit_bytes: int | None = None,
+    styles: tuple[str, ...] = CHECKPOINTING,
 ) -> Plan:
     """The best run of this model on this card with exactly this effective batch.
 
@@ -36,10 +37,10 @@ def plan(
     checkpointing where the card's rates are unknown), "memory" the fewest bytes, "context" the levers with the fewest
     bytes and then the longest sequence that fits with them. With `lengths`, those of the data, memory is that of the
     longest batch, and speed that of the usual one, padding not counted. `host_limit_bytes`: of the computer's memory
-    for checkpoints, where that is known. What cannot fit is a Plan too, with verdict "does_not_fit" and advice. Raises
-    Unplannable.
+    for checkpoints, where that is known. `styles` are the ways of checkpointing that are searched, for a trainer that
+    does not have all. What cannot fit is a Plan too, with verdict "does_not_fit" and advice. Raises Unplannable.
     """
-    found = _search(model, run, gpu, effective_batch_size, objective, free, lengths, host_limit_bytes)
+    found = _search(model, run, gpu, effective_batch_size, objective, free, lengths, host_limit_bytes, styles)
     return found if lengths is None else replace(found, lengths=lengths)
 
 
@@ -52,13 +53,14 @@ def _search(
     free: tuple[str, ...],
     lengths: Lengths | None,
     host_limit_bytes: int | None,
+    styles: tuple[str, ...],
 ) -> Plan:
     quick = Quick(model, lengths)
     if lengths is not None:
         run = longest_run(run, lengths)
     limit = host_limit_bytes if "checkpoint_offload" in free else None  # what was asked for stays
     candidates: list[tuple[Candidate, RunSpec]] = []
-    for variant in settings_of(run, free):
+    for variant in settings_of(run, free, styles):
         for micro in _micro_batches(quick, variant, gpu, effective_batch_size, objective):
             pair = _candidate(quick, variant, gpu, effective_batch_size, micro)
             if limit is None or _host_bytes(model, pair[1]) <= limit:
@@ -73,17 +75,17 @@ def _search(
             exact = replace(candidate, device_bytes=ledger.peak.device_bytes, verdict=verdict)
             tried = [exact if c is candidate else c for c, _ in ranked]
             if objective == "context":
-                settings = settings_of(chosen, free)
+                settings = settings_of(chosen, free, styles)
                 return _longest(quick, ledger, settings, gpu, effective_batch_size, tried, limit)
             return _plan(ledger, gpu, effective_batch_size, verdict, tried, exact, objective)
     smallest = min((pair for pair in candidates), key=lambda pair: pair[0].device_bytes)[1]
     return _impossible(quick, model, smallest, gpu, effective_batch_size, [c for c, _ in ranked])
 
 
-def settings_of(run: RunSpec, free: tuple[str, ...]) -> list[RunSpec]:
+def settings_of(run: RunSpec, free: tuple[str, ...], styles: tuple[str, ...] = CHECKPOINTING) -> list[RunSpec]:
     """The run with every combination of the free levers that may be best, least recomputation first."""
     wanted, out = run.levers, []
-    for checkpointing in CHECKPOINTING if "checkpointing" in free else (wanted.checkpointing,):
+    for checkpointing in styles if "checkpointing" in free else (wanted.checkpointing,):
         for offload in (False, True) if "checkpoint_offload" in free else (wanted.checkpoint_offload,):
             if offload and "checkpoint_offload" in free and checkpointing not in OFFLOADED:
                 continue

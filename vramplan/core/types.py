@@ -510,6 +510,12 @@ class Ledger(Value):
     lines: tuple[Line, ...]
     warnings: tuple[str, ...] = ()
 
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from .notebook import ledger_html
+
+        return ledger_html(self)
+
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class GpuVerdict(Value):
@@ -679,6 +685,31 @@ class Plan(Value):
     verified: bool = False  # a probe on the real card ran it
     lengths: Lengths | None = None  # of the data that it was made for
     probes: tuple[Probe, ...] = ()  # in the order in which they were made, of this run and of those before it
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from .notebook import plan_html
+
+        return plan_html(self)
+
+
+@dataclass(slots=True, kw_only=True, eq=False, repr=False)
+class Lock(Value):
+    """What a run is expected to need, kept beside it to be held against later.
+
+    `words` are the flags that say it, files included; `versions` are those of vramplan and of the libraries that were
+    installed. `groups` are (heading of the ledger, bytes) pairs that add up to the peak's device bytes.
+    """
+
+    words: tuple[str, ...]
+    run: RunSpec
+    versions: tuple[tuple[str, str], ...]
+    trainable_parameters: int
+    total_parameters: int
+    resident: Resident
+    peak: Peak
+    groups: tuple[tuple[str, int], ...]
+    gpu: str | None = None
 
 
 # ------------------------------------------------------------------------------------------------ what happened

@@ -119,7 +119,7 @@ def _check_same_run(run_dir: Path, run: RunSpec) -> None:
 
 # ------------------------------------------------------------------------------------------------------ the lock
 def _refuse_if_in_use(run_dir: Path) -> None:
-    pid = _lock_pid(run_dir)
+    pid = lock_pid(run_dir)
     if pid is not None and _alive(pid):
         raise InputError(
             f"output folder in use: process {pid} is working in {run_dir}",
@@ -127,7 +127,8 @@ def _refuse_if_in_use(run_dir: Path) -> None:
         )
 
 
-def _lock_pid(run_dir: Path) -> int | None:
+def lock_pid(run_dir: Path) -> int | None:
+    """The process that the folder's lock names; None without one."""
     try:
         with (run_dir / "lock").open("rb") as file:
             pid = int(file.read(32))
@@ -173,5 +174,5 @@ class Lock:
         raise InputError(f"output folder in use: another process took {self.run_dir} just now")
 
     def __exit__(self, *error: object) -> None:
-        if _lock_pid(self.run_dir) in self.pids:
+        if lock_pid(self.run_dir) in self.pids:
             self.path.unlink(missing_ok=True)

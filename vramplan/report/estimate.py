@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import TextIO
 
@@ -12,15 +13,21 @@ from rich.text import Text
 from vramplan.core.types import GpuVerdict, Ledger, ModelSpec, Offer, RunSpec
 from vramplan.core.units import human
 from vramplan.report import tables
+from vramplan.report.fields import one_line
 from vramplan.report.rows import LINE, SUBTOTAL, TOTAL, Row, Scale, ledger_rows
 
 VERDICT_STARTS = {"fits": "Fits", "tight": "Tight on", "does_not_fit": "Does not fit"}
 
 
 def show_estimate(
-    stream: TextIO, ledger: Ledger, verdicts: Sequence[GpuVerdict] = (), *, width: int | None = None
+    stream: TextIO,
+    ledger: Ledger,
+    verdicts: Sequence[GpuVerdict] = (),
+    *,
+    source: str | None = None,
+    width: int | None = None,
 ) -> None:
-    """Verdict first, then the ledger, then the cards."""
+    """Verdict first, then the ledger, then the cards. `source`: the file that the run is from."""
     screen = tables.console(stream, width)
     put_ledger(screen, ledger, *headline(ledger, verdicts), speeds=bool(verdicts))
     if verdicts:
@@ -28,7 +35,7 @@ def show_estimate(
         tables.put(screen, gpu_table(screen, verdicts))
         if any(verdict.tokens_per_s is not None for verdict in verdicts):
             screen.print(Text("~ tokens/s is modelled, not measured", style="dim"))
-    tables.command(screen, *next_step(ledger, verdicts))
+    tables.command(screen, *next_step(ledger, verdicts, source))
 
 
 def put_ledger(screen: Console, ledger: Ledger, text: str, verdict: str, *, speeds: bool) -> None:
@@ -95,12 +102,21 @@ def asked(model: ModelSpec, run: RunSpec) -> str:
     )
 
 
-def next_step(ledger: Ledger, verdicts: Sequence[GpuVerdict | Offer]) -> tuple[str, str]:
+def next_step(ledger: Ledger, verdicts: Sequence[GpuVerdict | Offer], source: str | None = None) -> tuple[str, str]:
     """The command that goes on from here, and what it is for."""
     run = ledger.run
+    what = run.model if source is None else f"--from {shlex.quote(one_line(source))}"
     if not verdicts and run.gpus == 1:
-        return "Which cards hold it:", f"vramplan estimate {run.model} --gpu all"
+        return "Which cards hold it:", f"vramplan estimate {what} --gpu all"
+    if source is not None and run.gpus == 1:
+        return "Levers and micro-batch for a card:", f"vramplan fit {what} --gpu {smallest(verdicts)}"
     return fit_command(run, verdicts)
+
+
+def smallest(verdicts: Sequence[GpuVerdict | Offer]) -> str:
+    """The smallest card that holds the run; of none that does, the smallest."""
+    fitting = [verdict for verdict in verdicts if verdict.verdict != "does_not_fit"]
+    return min(fitting or verdicts, key=lambda verdict: verdict.usable_bytes).gpu
 
 
 def fit_command(run: RunSpec, verdicts: Sequence[GpuVerdict | Offer]) -> tuple[str, str]:
@@ -108,8 +124,7 @@ def fit_command(run: RunSpec, verdicts: Sequence[GpuVerdict | Offer]) -> tuple[s
     if run.gpus > 1:
         return "To train it:", f"vramplan train {run.model} --gpus {run.gpus} --parallel {run.parallel} --data FILE"
     batch = max(run.micro_batch_size * run.accumulation, 16)
-    fitting = [verdict for verdict in verdicts if verdict.verdict != "does_not_fit"]
-    card = min(fitting or verdicts, key=lambda verdict: verdict.usable_bytes).gpu
+    card = smallest(verdicts)
     length = "" if run.seq_len == RunSpec(model="").seq_len else f" --seq-len {run.seq_len}"
     packing = " --packing" if run.packing else ""
     command = f"vramplan fit {run.model} --effective-batch-size {batch}{length} --gpu {card}{packing}"

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vramplan.core.dialects import Rewritten
 from vramplan.core.lengths import real_share
 from vramplan.core.recipes import checkpointing_text
 from vramplan.core.types import Candidate, Levers, Plan
@@ -17,6 +18,7 @@ from vramplan.core.units import GIB, human
 from vramplan.report import tables
 from vramplan.report.estimate import VERDICT_STARTS
 from vramplan.report.probe import show_probes
+from vramplan.report.rewritten import show_rewritten
 
 SHOWN = 8  # candidates in the table
 
@@ -27,11 +29,13 @@ def show_fit(
     *,
     written: str | None = None,
     compared_at: int | None = None,
+    words: Rewritten | None = None,
     width: int | None = None,
 ) -> None:
     """Verdict first; then what was chosen and what else there was, or the smallest changes that would fit.
 
     compared_at: the tokens of a row with which the combinations were priced, where the plan may have others.
+    words: the plan as a change of the file that it was made from.
     """
     screen = tables.console(stream, width)
     tables.sentence(screen, headline(plan), plan.verdict)
@@ -62,7 +66,9 @@ def show_fit(
         screen.print(Text(f"~ tokens/s is modelled, not measured{more}", style="dim"))
         if compared_at is not None and compared_at != plan.run.seq_len:
             screen.print(Text(f"compared with rows of {compared_at:,} tokens", style="dim"))
-    if plan.verdict != "does_not_fit":
+    if words is not None:
+        show_rewritten(screen, words)
+    elif plan.verdict != "does_not_fit":
         data = "" if plan.run.data is not None else " --data FILE"
         tables.command(screen, "To run it:", f"vramplan train {written or 'plan.json'}{data}")
         if written is None:

@@ -165,10 +165,9 @@ def event_text(event: Event) -> str | None:
     if kind == "start":
         resumed = _int(event.get("resumed_from")) or 0
         since = f", resumed from step {resumed}" if resumed else ""
-        return (
-            f"train: {event.get('total_steps', '?')} steps, effective batch {event.get('effective_batch_size', '?')}, "
-            f"{event.get('examples', '?')} examples{since}"
-        )
+        rows = f", {event['examples']} examples" if event.get("examples") is not None else ""
+        batch = event.get("effective_batch_size", "?")
+        return f"train: {event.get('total_steps', '?')} steps, effective batch {batch}{rows}{since}"
     if kind == "eval" and (loss := _float(event.get("loss"))) is not None:
         perplexity = _float(event.get("perplexity"))
         beside = f" (perplexity {perplexity:.4g})" if perplexity is not None else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vramplan.core.recipes import lever_flags
 from vramplan.core.types import (
@@ -21,12 +21,28 @@ from vramplan.core.types import (
 )
 from vramplan.report.compare import Pair, compare
 
+if TYPE_CHECKING:
+    from vramplan.core.explain import Explanation
+    from vramplan.core.lock import Drift
+
 Payload = dict[str, Any]
 
 
 def estimate_payload(ledger: Ledger, verdicts: Sequence[GpuVerdict]) -> Payload:
     """The payload of `estimate --json`."""
     return {"schema_version": SCHEMA_VERSION, **asdict(ledger), "gpus": [asdict(verdict) for verdict in verdicts]}
+
+
+def explain_payload(found: Explanation) -> Payload:
+    """The payload of `estimate --explain --json`."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "line": asdict(found.line),
+        "formula": found.formula,
+        "source": found.source,
+        "numbers": dict(found.numbers),
+        "tensors": [part._asdict() for part in found.parts],
+    }
 
 
 def guide_payload(ledger: Ledger, offers: Sequence[Offer]) -> Payload:
@@ -73,6 +89,20 @@ def check_payload(found: CardCheck) -> Payload:
             "estimate": estimate_payload(found.ledger, (found.judged,)),
         }
     return payload
+
+
+def lock_payload(drift: Drift) -> Payload:
+    """The payload of `lock --check --json`."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "rose": drift.is_too_much,
+        "share": drift.share,
+        "tolerance": drift.tolerance,
+        "groups": [{"group": name, "locked_bytes": then, "bytes": now} for name, then, now in drift.rows()],
+        "changes": [{"what": what, "locked": then, "now": now} for what, then, now in drift.changes()],
+        "locked": asdict(drift.then),
+        "now": asdict(drift.now),
+    }
 
 
 def gpus_payload(stored: Sequence[GpuProfile], live: Sequence[GpuProfile]) -> Payload:

@@ -31,7 +31,7 @@ def read_mapping(path: Path | str) -> Mapping:
     if where.lower().endswith(".json"):
         values, lines = _parse_json(text, where)
     else:
-        values, lines = _parse_yaml(text, where)
+        values, lines = parse(text, where)
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise InputError(f"{where} holds no settings", "a trainer's configuration is a mapping of names to values")
     _count(values, where)
@@ -42,7 +42,8 @@ def _parse_json(text: str, where: str) -> tuple[Any, dict[str, int]]:
     return parse_json(text, where), {}
 
 
-def _parse_yaml(text: str, where: str) -> tuple[Any, dict[str, int]]:
+def parse(text: str, where: str) -> tuple[Any, dict[str, int]]:
+    """YAML text to plain values, and the line of each key of its top level."""
     try:
         import yaml
     except ImportError:
