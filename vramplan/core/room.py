@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from . import resident
+from .caps import MARGIN
 from .chip import traits
 from .fused import graphed
-from .ledger import MARGIN, estimate
+from .ledger import estimate
 from .lengths import real_share, usual_width
 from .parallel import outside_bytes, shards
 from .replay import workspaces
