@@ -16,7 +16,7 @@ from functools import partial
 from itertools import product
 
 from vramplan.core import ledger
-from vramplan.core.guide import choose, offers
+from vramplan.core.guide import choose, guide
 from vramplan.core.recipes import RECIPES
 from vramplan.core.timeline import play
 from vramplan.core.types import ModelSpec, RunSpec
@@ -24,6 +24,7 @@ from vramplan.sources.hf_config import load_model
 from vramplan.sources.profiles import gpu_names, load_gpu
 
 MODELS = ("llama-2-7b", "llama-3.1-70b", "gemma-2-9b")
+GUIDED = ("llama-3.1-8b", "gemma-3-4b")  # Gemma 3: layers repeat with a period of six
 
 
 def median_ms(work: Callable[[], object], repetitions: int) -> float:
@@ -54,9 +55,9 @@ def main() -> None:
         print(f"| {name}, {recipe} | {played:.1f} | {simulated:.1f} | {estimated:.1f} | {again:.1f} |")
     cards = [load_gpu(name) for name in gpu_names()]
     print(f"\n| model, recipe | {len(cards)} cards, ms | choice, ms |\n|---|---|---|")
-    for name, recipe in product(MODELS, RECIPES):
+    for name, recipe in product((*MODELS, *GUIDED), RECIPES):
         spec, run = load_model(name), RunSpec(model=name, recipe=recipe, levers=RECIPES[recipe])
-        guided = median_ms(lambda spec=spec, run=run: list(offers(spec, run, cards)), max(repetitions // 5, 1))
+        guided = median_ms(lambda spec=spec, run=run: list(guide(spec, run, cards)[1]), max(repetitions // 5, 1))
         chosen = median_ms(partial(choose, spec, run, cards), max(repetitions // 5, 1))
         print(f"| {name}, {recipe} | {guided:.0f} | {chosen:.0f} |")
 

@@ -106,6 +106,16 @@ class Rooms:
         for card in cards:
             yield make_offer(card.key, usable=card.usable_bytes, verdict=self.verdict, as_asked=fits)
 
+    def guide(
+        self,
+        model: ModelSpec,
+        run: RunSpec,
+        cards: Sequence[GpuProfile],
+        prices: dict[str, float],
+        chip: GpuProfile | None,
+    ) -> tuple[Ledger, Iterator[Offer]]:
+        return self.estimate(model, run, chip), self.offers(model, run, cards, prices)
+
     def choose(self, model: ModelSpec, run: RunSpec, cards: Sequence[GpuProfile], prices: dict[str, float]) -> Choice:
         self.run, self.prices, self.cards = run, prices, tuple(card.key for card in cards)
         return make_choice() if self.verdict != "does_not_fit" else make_choice(memory_gb=None, offers=(), priced=())
@@ -173,7 +183,7 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> Rooms:
         "vramplan.core.room": {"judge": stand_in.judge},
         "vramplan.core.sizes": {"Sizes": lambda model: model},
         "vramplan.core.plan": {"plan": stand_in.make_plan},
-        "vramplan.core.guide": {"offers": stand_in.offers, "choose": stand_in.choose, "with_cheapest": tuple,
+        "vramplan.core.guide": {"guide": stand_in.guide, "choose": stand_in.choose, "with_cheapest": tuple,
                                 "fits": fits},
         "vramplan.sources.gpu": {"live_gpu": stand_in.live_gpu, "live_gpus": stand_in.live_gpus},
         "vramplan.launch": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import combinations, pairwise
+from typing import NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from measured import model
 from test_laws import runs, specs
 
-from vramplan.core.guide import choose, lengths, memory_gb, offers, with_cheapest
-from vramplan.core.ledger import estimate
+from vramplan.core.caps import Caps
+from vramplan.core.guide import choose, guide, lengths, memory_gb, offers, with_cheapest
+from vramplan.core.ledger import Laid, estimate
 from vramplan.core.recipes import RECIPES
 from vramplan.core.room import MAX_BATCH, Quick, judge
 from vramplan.core.savings import changed, savings
@@ -199,8 +201,62 @@ class Fake(Sizes):
 
     def _fits_at(self, family: Family, n: int, gpu: GpuProfile) -> bool:
         size = family.size(n)
-        self._replayed[self._key(family, gpu)] = self.need[size], self.exact[size]
+        self._replayed[self._key(family, gpu)] = self.need[size], Known(self.exact[size])
         return self.exact[size] <= gpu.usable_bytes
+
+
+class Known(NamedTuple):
+    """What a run needs, where nothing is left to be tried."""
+
+    need: int
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        return self.need, self.need
+
+
+@pytest.mark.parametrize("levers", [RECIPES["peft"], Levers(allocator="native", loss="full")])
+def test_caps_that_need_not_be_tried_change_no_answer(levers, monkeypatch):
+    """A search goes the same way whether it knows a run's need or only between which two it is."""
+    run = RunSpec(model="s", seq_len=200, levers=levers)
+    cards = [card(gib, key) for gib in (0.9, 1.3, 2.2, 4, 7, 11) for key in ("rtx-3060-12gb", "t4")]
+    tried: list[int] = []
+    climb = Caps.climb
+    monkeypatch.setattr(Caps, "climb", lambda caps: tried.append(1) or climb(caps))
+    found = list(offers(SMALL, run, cards))
+    some = len(tried)
+    bounds = Laid.bounds.fget
+    monkeypatch.setattr(Laid, "bounds", property(lambda laid: (laid.caps.minimum_bytes(), bounds(laid))[1]))
+    tried.clear()
+    assert list(offers(SMALL, run, cards)) == found
+    assert some < len(tried)
+
+
+def test_a_ledger_that_was_made_before_changes_no_offer():
+    """`estimate --gpu all` makes one for its table, and the guide goes on from it."""
+    for levers in (Levers(), RECIPES["peft"]):
+        run = RunSpec(model="s", seq_len=1024, levers=levers)
+        cards = [card(gib, key) for gib in (0.7, 1.5, 6) for key in ("rtx-4090", "t4")]
+        for chip in (None, cards[1], cards[2]):
+            sizes = Sizes(SMALL)
+            assert sizes.estimate(run, chip) == estimate(SMALL, run, chip)
+            found = list(offers(SMALL, run, cards, None, sizes))
+            assert found == list(offers(SMALL, run, cards))
+            ledger, again = guide(SMALL, run, cards, None, chip)
+            assert (ledger, list(again)) == (estimate(SMALL, run, chip), found)
+    with pytest.raises(Unplannable):
+        Sizes(SMALL).estimate(RunSpec(model="s", seq_len=10**6))
+
+
+def test_a_calibrated_card_is_judged_by_what_it_reserves():
+    """Though it shares what was played with others of its chip."""
+    run = RunSpec(model="s", seq_len=1024, levers=Levers(allocator="native"))
+    plain = card(4)
+    calibrated = replace(plain, key="calibrated", reserved_factor=1.3)
+    sizes = Sizes(SMALL)
+    reserved = [sizes._ledger(run, gpu).peak.reserved_bytes for gpu in (plain, calibrated)]
+    assert reserved == [estimate(SMALL, run, gpu).peak.reserved_bytes for gpu in (plain, calibrated)]
+    assert reserved[0] < reserved[1]
 
 
 @pytest.mark.parametrize("limit", [100, 128, 2048, 32_768, 131_072, 1_000_000])

@@ -93,12 +93,14 @@ def test_smallest_cap_is_never_under_the_measured_one(row):
 
 
 # ------------------------------------------------------------------------------------------------------ unrolling
+@pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("checkpointing", ["none", "all", "every-2", "every-3"])
 @pytest.mark.parametrize("name", ["llama-2-7b", "gemma-2-9b", "pythia-1.4b"])
-def test_unrolling_is_the_same_as_playing_every_layer(checkpointing, name):
+def test_unrolling_is_the_same_as_playing_every_layer(checkpointing, offload, name):
     depth = 20 if checkpointing == "every-3" else 11
     spec = replace(model(name), num_layers=depth)
-    run = RunSpec(model=name, seq_len=640, accumulation=2, levers=Levers(checkpointing=checkpointing, loss="full"))
+    levers = Levers(checkpointing=checkpointing, checkpoint_offload=offload, loss="full")
+    run = RunSpec(model=name, seq_len=640, accumulation=2, levers=levers)
     short = play(spec, run, NO_CARD)
     assert short.played < depth
     step = Step(spec, run, NO_CARD)
@@ -125,18 +127,35 @@ def test_kinds_of_layers_repeat(name, seq, period):
 def test_a_window_shorter_than_the_sequence_needs_a_mask():
     def masks(name: str, seq: int) -> int:
         run = RunSpec(model=name, seq_len=seq, levers=Levers(checkpointing="none"))
-        return sum(row[1] == "mask in bf16" for row in play(model(name), run, NO_CARD).info)
+        unrolled = play(model(name), run, NO_CARD)
+        names = [row[1] for row in unrolled.info]
+        born = [event for _, _, changes in unrolled.steps() for event, _, _ in changes if event > 0]
+        return sum(names[event] == "mask in bf16" for event in born)
 
     assert masks("phi-3-mini-4k", 2046) == 0
-    assert masks("phi-3-mini-4k", 2048) == 4  # of four layers played
+    assert masks("phi-3-mini-4k", 2048) == 32
     assert masks("gemma-3-1b", 512) == 4 * 5 + 2  # 26 layers are 4 times five local and one global, and two local
+
+
+@pytest.mark.parametrize("depth", range(1, 30))
+@pytest.mark.parametrize(
+    "levers", [Levers(), Levers(checkpointing="every-4", checkpoint_offload=True), Levers(kernels="stock")]
+)
+def test_any_depth_is_unrolled(levers, depth):
+    """Gemma 3 has the longest period, and its last layers may be of any kind."""
+    base = replace(model("gemma-3-1b"), hidden_size=64, vocab_size=256)
+    spec = replace(base, num_layers=depth, layer_types=(base.layer_types * 2)[:depth])
+    run = RunSpec(model="x", seq_len=1024, levers=levers)
+    step = Step(spec, run, NO_CARD)
+    step.play()
+    assert sizes(play(spec, run, NO_CARD)) == sizes(Unrolled(step.rec, depth, depth, 1))
 
 
 def sizes(unrolled: Unrolled) -> list[list[int]]:
     """Births (+) and deaths (-) per section; outside the layers, where many layers' tensors die at once, unordered."""
-    out = []
+    out, bytes_of = [], unrolled.sizes
     for _, layer, changes in unrolled.steps():
-        sized = [unrolled.info[abs(e)][5] * (1 if e > 0 else -1) for e, _, _ in changes]
+        sized = [bytes_of[abs(e)] * (1 if e > 0 else -1) for e, _, _ in changes]
         out.append(sized if layer >= 0 else sorted(sized))
     return out
 

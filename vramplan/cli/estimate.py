@@ -87,13 +87,14 @@ def _explain(params: dict[str, Any], chip: GpuProfile | None) -> int:
 def _guide(params: dict[str, Any], cards: list[tuple[GpuProfile, bool]], chip: GpuProfile | None) -> int:
     """Many cards, or cards with prices: what each can do, with which levers, how fast, for how much."""
     from vramplan.cli import prices
-    from vramplan.core.guide import offers, with_cheapest
+    from vramplan.core.guide import guide, with_cheapest
     from vramplan.report.waiting import watched
 
     profiles = [card for card, _ in cards]
     costs = prices.by_key(params["price"], profiles)
-    ledger, spec = _played(params, chip)
-    found = watched(offers(spec, ledger.run, profiles, costs), len(profiles), "cards", sys.stderr)
+    spec = build.model_spec(params)
+    ledger, offers = guide(spec, build.run_spec(params, spec), profiles, costs, chip)
+    found = watched(offers, len(profiles), "cards", sys.stderr)
     rows = with_cheapest(tuple(found))
     build.warn(*ledger.warnings)
     if params["as_json"]:

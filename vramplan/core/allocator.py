@@ -20,7 +20,8 @@ alive: two states with equal free lists and segments answer every later request 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable
+from itertools import groupby
 from typing import TypeAlias
 
 from .units import MIB
@@ -33,8 +34,11 @@ MASK = (1 << BITS) - 1
 _SMALL = SMALL_REQUEST // GRANULE
 LARGE_BLOCK = (_SMALL + 1) << BITS  # blocks of the large pool are at least this
 
-# One operation: (key, units, key is relative). units 0: the tensor of that key dies.
+# One operation: (key, units, key is relative). Negative units: the tensor of that key and size dies.
 Op: TypeAlias = tuple[int, int, bool]
+# The same for `run`, of a birth with what it saves computing: units << BITS, and what less a block is afterwards.
+Written: TypeAlias = tuple[int, bool, int, int, int]
+PoolOps: TypeAlias = tuple[bool, list[Written]]  # what follows one another in one pool: whether it is the large one
 
 
 def units(size: int) -> int:
@@ -42,8 +46,25 @@ def units(size: int) -> int:
     return -(-size // GRANULE) or 1
 
 
+def by_pool(ops: Iterable[Op]) -> list[PoolOps]:
+    """Operations as `run` takes them; tensors without bytes are none of the allocator's."""
+    sized = [op for op in ops if op[1]]
+    groups = groupby(sized, lambda op: not -_SMALL <= op[1] <= _SMALL)
+    return [(large, [_written(op) for op in group]) for large, group in groups]
+
+
+def _written(op: Op) -> Written:
+    key, size, relative = op
+    want = size << BITS if size > 0 else 0
+    return key, relative, size, want, want - size
+
+
 def block_bytes(block: int) -> int:
     return (block >> BITS) * GRANULE
+
+
+def end_of(block: int) -> int:
+    return (block & MASK) + (block >> BITS)
 
 
 class OutOfMemory(Exception):
@@ -69,8 +90,8 @@ class Pool:
         self.page = (SMALL_SEGMENT if small else LARGE_SEGMENT) // GRANULE
         self.least_rest = 1 if small else _SMALL + 1
         self.blocks: list[int] = []  # free ones, sorted by size, then address
-        self.starts: dict[int, int] = {}  # address of a free block -> its size
-        self.ends: dict[int, int] = {}  # end of a free block -> its address
+        self.starts: dict[int, int] = {}  # a free block by its address
+        self.ends: dict[int, int] = {}  # and by its end
         self.segments: dict[int, int] = {}  # address -> size
         self.unmapped: dict[int, int] = {}  # address -> size; only expandable segments have such
 
@@ -87,8 +108,8 @@ class Pool:
     def least_reach(self, at: int) -> int:
         raise AssertionError("only expandable segments hold unmapped blocks")
 
-    def grow_or_retry(self, size: int) -> tuple[int, int]:
-        """(address, size) of new memory. Raises OutOfMemory."""
+    def grow_or_retry(self, size: int) -> int:
+        """A block of new memory. Raises OutOfMemory."""
         memory = self.memory
         request = segment_bytes(size * GRANULE)
         if memory.cap_bytes is not None and memory.reserved + request > memory.cap_bytes:
@@ -99,7 +120,7 @@ class Pool:
         address, have = self.grow(size, request // GRANULE)
         if memory.reserved > memory.peak_reserved:
             memory.peak_reserved = memory.reserved
-        return address, have
+        return have << BITS | address
 
     def grow(self, size: int, request: int) -> tuple[int, int]:
         """(address, size) of new memory, not yet among the free blocks."""
@@ -112,27 +133,27 @@ class Pool:
     def release(self) -> None:
         """Return every segment that is one free block."""
         for address, size in list(self.segments.items()):
-            if self.starts.get(address) == size:
-                self.take(address, size)
+            if self.starts.get(address) == size << BITS | address:
+                self.take(size << BITS | address)
                 del self.segments[address]
                 self.memory.reserved -= size * GRANULE
 
     def pinned_bytes(self) -> int:
         """Bytes of segments that hold something."""
-        return GRANULE * sum(size for address, size in self.segments.items() if self.starts.get(address) != size)
+        return GRANULE * sum(
+            size for address, size in self.segments.items() if self.starts.get(address) != size << BITS | address
+        )
 
     # ------------------------------------------------------------------------------------------- free blocks
-    def take(self, address: int, size: int) -> None:
+    def take(self, block: int) -> None:
         """Remove a free block."""
-        del self.blocks[bisect_left(self.blocks, size << BITS | address)]
-        del self.starts[address]
-        del self.ends[address + size]
+        del self.blocks[bisect_left(self.blocks, block)]
+        del self.starts[block & MASK], self.ends[end_of(block)]
 
-    def put(self, address: int, size: int) -> None:
+    def put(self, block: int) -> None:
         """Add a free block that has no free neighbour."""
-        self.starts[address] = size
-        self.ends[address + size] = address
-        insort(self.blocks, size << BITS | address)
+        self.starts[block & MASK] = self.ends[end_of(block)] = block
+        insort(self.blocks, block)
 
 
 class Native:
@@ -162,70 +183,91 @@ class Native:
     def malloc(self, size: int) -> int:
         """A block for `size` bytes. Raises OutOfMemory."""
         live: dict[int, int] = {}
-        self.run(((0, units(size), False),), 0, live)
+        self.run(by_pool([(0, units(size), False)]), 0, live)
         return live[0]
 
     def free(self, block: int) -> None:
-        self.run(((0, 0, False),), 0, {0: block})
+        self.run(by_pool([(0, -(block >> BITS), False)]), 0, {0: block})
 
-    def run(self, ops: Sequence[Op], shift: int, live: dict[int, int]) -> None:
+    def run(self, todo: Iterable[PoolOps], shift: int, live: dict[int, int]) -> None:
         """Many births and deaths; `live` has the blocks by key, relative keys get `shift` added.
 
         One function for all, because a step has 20,000 of them and calls alone would double the time of an estimate.
         """
-        small, large = self.small, self.large
-        in_small = small, small.blocks, small.starts, small.ends, small.least_rest, small.unmapped
-        in_large = large, large.blocks, large.starts, large.ends, large.least_rest, large.unmapped
         now, most, watch = self.in_use, self.most_in_use, self.watch
-        for key, size, relative in ops:
-            if relative:
-                key += shift
-            if size:
-                pool, blocks, starts, ends, least_rest, unmapped = in_large if size > _SMALL else in_small
-                at = bisect_left(blocks, size << BITS)
-                if at < len(blocks):
-                    block = blocks[at]
-                    address, have = block & MASK, block >> BITS
-                    if address + have in unmapped:  # it can grow: one that cannot may be preferred
-                        at = pool.least_reach(at)
+        die, mask, bits = live.pop, MASK, BITS
+        for large, ops in todo:
+            pool = self.large if large else self.small
+            blocks, starts, ends, unmapped = pool.blocks, pool.starts, pool.ends, pool.unmapped
+            least = pool.least_rest << bits
+            for key, relative, size, want, less in ops:
+                if relative:
+                    key += shift
+                if want:
+                    at = bisect_left(blocks, want)
+                    try:
                         block = blocks[at]
-                        address, have = block & MASK, block >> BITS
-                    del blocks[at], starts[address]
+                    except IndexError:
+                        block = pool.grow_or_retry(size)
+                        address = block & mask
+                        end = address + (block >> bits)
+                        at = len(blocks)
+                        blocks.append(0)  # where it would be, were it free
+                    else:
+                        address = block & mask
+                        end = address + (block >> bits)
+                        if unmapped and end in unmapped and at + 1 < len(blocks):
+                            # it can grow: one that cannot may be preferred
+                            at = pool.least_reach(at)
+                            block = blocks[at]
+                            address = block & mask
+                            end = address + (block >> bits)
+                        del starts[address]
+                    rest = block - less
+                    if rest >= least:
+                        starts[rest & mask] = ends[end] = rest
+                        if at and rest < blocks[at - 1]:
+                            del blocks[at]
+                            insort(blocks, rest)
+                        else:  # mostly it is still larger than the next smaller block
+                            blocks[at] = rest
+                        live[key] = want + address
+                        now += size
+                    else:
+                        del blocks[at]
+                        ends.pop(end, None)
+                        live[key] = block
+                        now += block >> bits
+                    if now > most:
+                        most = now
+                        if now >= watch:
+                            self.pinned_bytes = self.pinned_now()
                 else:
-                    address, have = pool.grow_or_retry(size)
-                rest = have - size
-                if rest >= least_rest:
-                    tail = address + size
-                    starts[tail] = rest
-                    ends[tail + rest] = tail
-                    insort(blocks, rest << BITS | tail)
-                else:
-                    size = have
-                    ends.pop(address + have, None)
-                live[key] = size << BITS | address
-                now += size
-                if now > most:
-                    most = now
-                    if now >= watch:
-                        self.pinned_bytes = self.pinned_now()
-            else:
-                block = live.pop(key)
-                _, blocks, starts, ends, _, _ = in_large if block >= LARGE_BLOCK else in_small
-                address, size = block & MASK, block >> BITS
-                now -= size
-                end = address + size
-                if end in starts:
-                    after = starts.pop(end)
-                    del blocks[bisect_left(blocks, after << BITS | end)]
-                    size += after
-                if address in ends:
-                    before = ends.pop(address)
-                    length = address - before
-                    del blocks[bisect_left(blocks, length << BITS | before)]
-                    address, size = before, size + length
-                starts[address] = size
-                ends[address + size] = address
-                insort(blocks, size << BITS | address)
+                    block = die(key)
+                    address, size = block & mask, block >> bits
+                    now -= size
+                    end = address + size
+                    at = -1
+                    if end in starts:
+                        after = starts.pop(end)
+                        at = bisect_left(blocks, after)
+                        block += after - end
+                        end += after >> bits
+                    if address in ends:
+                        before = ends.pop(address)
+                        if at >= 0:
+                            del blocks[at]
+                        at = bisect_left(blocks, before)
+                        block += before - address
+                        address = before & mask
+                    starts[address] = ends[end] = block
+                    if at < 0:
+                        insort(blocks, block)
+                    elif at + 1 < len(blocks) and blocks[at + 1] < block:
+                        del blocks[at]
+                        insort(blocks, block)
+                    else:
+                        blocks[at] = block
         self.in_use, self.most_in_use = now, most
 
     def empty_cache(self) -> None:

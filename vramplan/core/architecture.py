@@ -7,6 +7,7 @@ parameters of MoE models stay as they are.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from .types import Lora, ModelSpec, Unplannable
@@ -49,6 +50,7 @@ def key_width(spec: ModelSpec) -> int:
     return spec.num_kv_heads * spec.head_dim
 
 
+@lru_cache(maxsize=64)
 def layer_linears(spec: ModelSpec) -> tuple[Linear, ...]:
     """The Linears of one decoder layer, in the order of their definition."""
     check_known(spec)

@@ -57,10 +57,7 @@ class Player:
         self.tokens = run.micro_batch_size * run.seq_len
         self.heads = attention_heads(spec, run)
         self.linears = {x.short: x for x in arch.layer_linears(spec)}
-        self.fused = {
-            x.short: uses_fused_kernel(self.tokens, x.out_features, x.in_features, gpu.compute_capability, gpu.sm_count)
-            for x in self.linears.values()
-        }
+        self.sm_count = gpu.sm_count
         self.norm_dtype = "bfloat16" if run.levers.upcast == "none" else "float32"
         self.expert_dtype = "float32" if run.levers.upcast == "all" else "bfloat16"
         self.capability = gpu.compute_capability
@@ -104,7 +101,7 @@ class Player:
             name=short,
             p=self.run.lora.dropout,
             double_quant=self.run.double_quant,
-            fused=self.fused[short],
+            fused=uses_fused_kernel(self.tokens, shape.out_features, shape.in_features, self.capability, self.sm_count),
             bias=shape.bias,
         )
 

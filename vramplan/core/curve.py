@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-from .allocator import GRANULE
+from .allocator import GRANULE, by_pool
 from .ledger import GROUPS, NO_CARD, loaded
 from .replay import play_run
 from .resident import state_births
@@ -104,12 +104,11 @@ def _tails(ledger: Ledger, unrolled: Unrolled, resident_bytes: int) -> tuple[int
     tensors = resident_bytes
     out = [memory.allocated - tensors]
     live: dict[int, int] = {}
+    sizes = unrolled.sums.by_event(unrolled.kind_sizes)  # of deaths negative
     for _, layer, changes in unrolled.steps():
         for event, key, relative in changes:
-            size = unrolled.info[abs(event)][5]
-            if size:  # a tensor without elements has no block
-                memory.run([(key, size // GRANULE if event > 0 else 0, relative)], layer << LAYER_SHIFT, live)
-            tensors += size if event > 0 else -size
+            memory.run(by_pool([(key, sizes[event] // GRANULE, relative)]), layer << LAYER_SHIFT, live)
+            tensors += sizes[event]
             out.append(memory.allocated - tensors)
     return tuple(out)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 
-from .allocator import BITS, GRANULE, MASK, Native, Pool
+from .allocator import BITS, GRANULE, MASK, Native, Pool, end_of
 from .types import Unplannable
 
 _RANGE = 1 << (BITS - 1)  # address space of a pool, in units: 4 TiB
@@ -36,29 +36,28 @@ class ExpandablePool(Pool):
         return at
 
     def _reach(self, block: int) -> int:
-        size = block >> BITS
-        return size + self.unmapped.get((block & MASK) + size, 0)
+        return (block >> BITS) + self.unmapped.get(end_of(block), 0)
 
     def grow(self, size: int, request: int) -> tuple[int, int]:
         address = at = self._candidate(size)
         while at - address < size:
-            free = self.starts.get(at, 0)
+            free = self.starts.get(at)
             if free:
-                self.take(at, free)
-                at += free
+                self.take(free)
+                at += free >> BITS
             else:
                 at += self._map(at, size - (at - address))
         after = self.starts.get(at, 0)
         if after:
-            self.take(at, after)
-        return address, at + after - address
+            self.take(after)
+        return address, at + (after >> BITS) - address
 
     def _candidate(self, size: int) -> int:
         """The first free stretch, by address, that mapping can make large enough."""
         for hole in sorted(self.unmapped):
-            begin = at = self.ends.get(hole, hole)
+            begin = at = self.ends.get(hole, hole) & MASK
             while at - begin < size:
-                length = self.starts.get(at) or self.unmapped.get(at)
+                length = self.starts.get(at, 0) >> BITS or self.unmapped.get(at)
                 if not length:
                     break
                 at += length
@@ -85,11 +84,11 @@ class ExpandablePool(Pool):
             low, high = self._whole_pages(address, size)
             if high <= low:
                 continue
-            self.take(address, size)
+            self.take(block)
             if low > address:
-                self.put(address, low - address)
+                self.put(low - address << BITS | address)
             if high < address + size:
-                self.put(high, address + size - high)
+                self.put(address + size - high << BITS | high)
             self.memory.reserved -= (high - low) * GRANULE
             self._unmap(low, high)
 

@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .allocator import GRANULE, SMALL_REQUEST, SMALL_SEGMENT, Op, units
+from .allocator import GRANULE, SMALL_REQUEST, SMALL_SEGMENT, PoolOps, by_pool, units
 from .expandable import Expandable, ExpandablePool
 from .replay import STATE_SECTION, Played, workspaces
-from .unroll import LAYER_SHIFT, Section, Unrolled
+from .sums import highest as highest_of
+from .unroll import LAYER_SHIFT, Change, Section, Unrolled
 
 CLEAR = 4  # of the largest tensor, the part by which a section must stay below the highest point
 
@@ -59,10 +60,9 @@ def _levels(unrolled: Unrolled, running: dict[int, list[int]], start: int) -> li
 def _small_bytes(unrolled: Unrolled, pool: ExpandablePool, states: Sequence[int]) -> tuple[int, int]:
     """Pages of the small pool: those that are mapped, or the most that lives in them; without those that
     only the optimizer needs, which are free again when the highest point comes."""
-    deltas = [delta if abs(delta) <= SMALL_REQUEST else 0 for delta in unrolled.deltas]
-    running = {id(section): unrolled.running(section, deltas) for section in unrolled.sections}
+    running = unrolled.sums.running([size if size <= SMALL_REQUEST else 0 for size in unrolled.steady_sizes])
     held = GRANULE * (pool.live_units() + sum(units(size) for size in states if size <= SMALL_REQUEST))
-    highs = {at: max(sums) for at, sums in running.items()}
+    highs = highest_of(running)
     tops = [(section.phase, now + highs[id(section)]) for section, now in _levels(unrolled, running, held)]
     most = max(top for _, top in tops)
     graph = max(top for phase, top in tops if phase != "optimizer")
@@ -75,7 +75,7 @@ def _pages(size: int) -> int:
 
 def _at_highest(unrolled: Unrolled, section: Section) -> int:
     """How many events of the section come before its highest point."""
-    running = unrolled.running(section, unrolled.deltas)
+    running = unrolled.sums.running(unrolled.steady_sizes)[id(section)]
     return running.index(max(running))
 
 
@@ -84,21 +84,19 @@ class _Replay:
 
     def __init__(self, unrolled: Unrolled, memory: Expandable, workspaces_too: bool) -> None:
         self.unrolled, self.memory = unrolled, memory
-        self.least_key = -len(unrolled.info) if workspaces_too else 0  # workspaces have negative keys
-        self.units = [row[5] // GRANULE if row[5] > SMALL_REQUEST else 0 for row in unrolled.info]
-        self.is_large = [bool(n) for n in self.units + self.units[:0:-1]]  # by event
+        self.least_key = -len(unrolled.kinds) if workspaces_too else 0  # workspaces have negative keys
+        units = [size // GRANULE if size > SMALL_REQUEST else 0 for size in unrolled.kind_sizes]
+        self.units = unrolled.sums.by_event(units)
         self.order = unrolled.order
-        self.ops: dict[tuple[int, bool], list[Op]] = {}
+        self.todo: dict[int, list[PoolOps]] = {}  # by the number of the changes
         self.live: dict[int, int] = {}
         self.pinned_bytes = 0
         self.last = unrolled.highest()[1]
-        self.largest = max(self.units) * GRANULE
-        deltas = [d if large else 0 for d, large in zip(unrolled.deltas, self.is_large, strict=True)]
-        running = {id(section): unrolled.running(section, deltas) for section in unrolled.sections}
-        highs = {at: max(sums) for at, sums in running.items()}
-        self.levels = [
-            now + highs[id(section)] for section, now in _levels(unrolled, running, 0)
-        ]  # large tensors' most
+        self.largest = max(units) * GRANULE
+        running = unrolled.sums.running([size if size > SMALL_REQUEST else 0 for size in unrolled.steady_sizes])
+        highs = highest_of(running)
+        # the most that large tensors take in each entry
+        self.levels = [now + highs[id(section)] for section, now in _levels(unrolled, running, 0)]
 
     def step(self, states: Sequence[int] = ()) -> None:
         """One step; the large ones of `states` are born in it, after the backward."""
@@ -117,25 +115,28 @@ class _Replay:
                 self._play(entry, False)
             top = max(top, self.levels[entry])
         self.least_key = 0
-        self.ops = {at: [op for op in ops if op[0] >= 0] for at, ops in self.ops.items()}
+        for at, todo in self.todo.items():
+            if any(op[0] < 0 for _, ops in todo for op in ops):  # workspaces stay
+                self.todo[at] = [(large, [op for op in ops if op[0] >= 0]) for large, ops in todo]
 
     def _through_the_peak(self, entry: int) -> None:
         section, layer = self.order[entry]
-        unrolled, events = self.unrolled, self.order[entry][0].events
-        at = _at_highest(unrolled, section)
-        self.memory.run(self._written(section, events[:at]), layer << LAYER_SHIFT, self.live)
-        self.pinned_bytes = self.memory.large.pinned_bytes()
-        self.memory.run(self._written(section, events[at:]), layer << LAYER_SHIFT, self.live)
+        at = _at_highest(self.unrolled, section)
+        for number, events in enumerate((section.events[:at], section.events[at:])):
+            if number:
+                self.pinned_bytes = self.memory.large.pinned_bytes()
+            todo = self._written(self.unrolled.changes(section, events))
+            self.memory.run(todo, layer << LAYER_SHIFT, self.live)
 
     def _play(self, entry: int, whole: bool) -> None:
         section, layer = self.order[entry]
-        ops = self.ops.get((id(section), whole))
-        if ops is None:
-            events = section.events if whole else self.unrolled.totals[id(section)].crossing
-            ops = self.ops[id(section), whole] = self._written(section, events)
-        self.memory.run(ops, layer << LAYER_SHIFT, self.live)
+        changes = self.unrolled.all_changes(section) if whole else self.unrolled.crossing_changes(section)
+        at = self.unrolled.same_changes(changes) if whole else id(changes)
+        todo = self.todo.get(at)
+        if todo is None:
+            todo = self.todo[at] = self._written(changes)
+        self.memory.run(todo, layer << LAYER_SHIFT, self.live)
 
-    def _written(self, section: Section, events: Sequence[int]) -> list[Op]:
-        large, sizes, least = self.is_large, self.units, self.least_key
-        changes = self.unrolled.changes(section, [event for event in events if large[event]])
-        return [(key, sizes[e] if e > 0 else 0, relative) for e, key, relative in changes if key >= least]
+    def _written(self, changes: Sequence[Change]) -> list[PoolOps]:
+        units, least = self.units, self.least_key
+        return by_pool((key, units[event], relative) for event, key, relative in changes if key >= least)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 
 from .plan import CHECKPOINTING
 from .room import MAX_BATCH
 from .savings import changed, least_change, savings
 from .sizes import Family, Sizes
-from .types import Candidate, Choice, GpuProfile, Levers, ModelSpec, Offer, RunSpec
+from .types import Candidate, Choice, GpuProfile, Ledger, Levers, ModelSpec, Offer, RunSpec
 from .units import GIB
 
 MEMORY_CLASSES_GB = (4, 6, 8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 141, 180, 192, 288)
@@ -23,6 +24,7 @@ def memory_gb(gpu: GpuProfile) -> int:
     return next((size for size in MEMORY_CLASSES_GB if size >= gib), gib)
 
 
+@cache
 def lengths(limit: int) -> tuple[int, ...]:
     """Sequence lengths up to a model's limit: in steps of 128 tokens, above 32,768 of at most a 128th."""
     out, length = [], 0
@@ -34,15 +36,35 @@ def lengths(limit: int) -> tuple[int, ...]:
 
 # -------------------------------------------------------------------------------------------------------- one card
 def offers(
-    model: ModelSpec, run: RunSpec, cards: Iterable[GpuProfile], prices: Mapping[str, float] | None = None
+    model: ModelSpec,
+    run: RunSpec,
+    cards: Iterable[GpuProfile],
+    prices: Mapping[str, float] | None = None,
+    sizes: Sizes | None = None,
 ) -> Iterator[Offer]:
-    """What each card can do for the run, in the order of `cards`; `prices` per hour by a card's key.
+    """What each card can do for the run, in the order of `cards`; `prices` per hour by a card's key. `sizes` may know
+    some of it already.
+
+    Raises Unplannable.
+    """
+    sizes = sizes or Sizes(model)
+    for card in cards:
+        yield offer(sizes, run, card, (prices or {}).get(card.key))
+
+
+def guide(
+    model: ModelSpec,
+    run: RunSpec,
+    cards: Iterable[GpuProfile],
+    prices: Mapping[str, float] | None = None,
+    chip: GpuProfile | None = None,
+) -> tuple[Ledger, Iterator[Offer]]:
+    """The run's ledger, as `ledger.estimate` has it on `chip`, and the offers: what one played serves the others.
 
     Raises Unplannable.
     """
     sizes = Sizes(model)
-    for card in cards:
-        yield offer(sizes, run, card, (prices or {}).get(card.key))
+    return sizes.estimate(run, chip), offers(model, run, cards, prices, sizes)
 
 
 def offer(sizes: Sizes, run: RunSpec, gpu: GpuProfile, price_per_hour: float | None = None) -> Offer:

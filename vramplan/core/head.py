@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .formulas import applied
 from .loss import chunk_tokens
 from .ops import BF16, FP32, Grads, cast, linear, unary
 from .tape import Node, Tape, Tensor
@@ -96,7 +97,7 @@ def chunked_loss(
     """
     hidden, vocab, dtype = spec.hidden_size, spec.vocab_size, hidden_states.dtype
     tokens, rows = hidden_states.rows, labelled[0].columns
-    chunk = chunk_tokens(max(rows, 1), hidden, vocab, fused)
+    chunk = applied(lambda rows: chunk_tokens(max(rows, 1), hidden, vocab, fused), rows)
 
     def backward(g: Grads, n: Node) -> Grads:
         held = n.take_all()
@@ -120,8 +121,7 @@ def chunked_loss(
         scale = tape.new("1 / items", 1, 1, FP32)
         del one
     locals_: dict[str, Tensor] = {}
-    lengths = [chunk] * (rows // chunk) + [rows % chunk] * (rows % chunk > 0)
-    for part in (lengths[0], *lengths[-2:]) if len(lengths) > 3 else lengths:  # those in the middle are alike
+    for part in chunk_lengths(rows, chunk):
         if fused:
             chunk_by_kernel(tape, spec, part)
         else:
@@ -133,6 +133,12 @@ def chunked_loss(
         node.save(tape, labelled[0])
         loss.node = node
     return loss
+
+
+def chunk_lengths(rows: int, chunk: int) -> list[int]:
+    """Of the chunks that are played, at most three: those in the middle are alike."""
+    rest = [rows % chunk] if rows % chunk > 0 else []
+    return [chunk for n in range(1, 4 - len(rest)) if rows // chunk >= n] + rest
 
 
 def loss_of_chunk(tape: Tape, spec: ModelSpec, rows: int, held: dict[str, Tensor]) -> None:

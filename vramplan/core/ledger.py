@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from . import architecture as arch
 from . import resident
-from .allocator import Native, OutOfMemory, units
+from .allocator import Native, units
+from .caps import Caps
 from .expandable import Expandable, allocator
 from .fused import is_fused
 from .growth import play_grown
@@ -36,11 +37,6 @@ from .unroll import Unrolled
 NO_CARD = GpuProfile(
     key="generic", name="a card of compute capability 8.9", total_bytes=0, usable_bytes=0, sm_count=128
 )
-
-# What a run needs at least, found in the replay, and the margin on it (docs/memory-model.md). Native: caps are tried
-# one after the other, each at least this much above the one before.
-LADDER = 1.004
-MARGIN = {"expandable": 0.01, "native": 0.04}
 
 NOTABLE_PAGED_BYTES = 256 * MIB
 
@@ -172,63 +168,59 @@ def simulate(
     return Simulation(unrolled, held, sum(at_work), on_card, paged, played, memory.pinned_bytes, before, tuple(states))
 
 
-def minimum_bytes(sim: Simulation, kind: str) -> int:
-    """The smallest allocator cap under which the steps survive, with its margin.
-
-    Expandable segments: the pages that hold something at the highest point; all others can be given back. Native, where
-    the layout itself changes under pressure: the first of a ladder of caps, from what is pinned there with room to
-    spare, under which two steps survive, in a fresh process and in one that has its workspaces already, as after an
-    evaluation: where they lie decides what breaks up; never more than what the run reserves with room to spare.
-    """
-    most = sim.played.reserved_bytes
-    if kind == "expandable":  # a cap is compared with whole segments, so even what is reserved can be too little
-        return int(sim.pinned_bytes * (1 + MARGIN[kind]))
-    starts = [(sim.before_step, False), (_with_workspaces(sim), True)]
-    cap = max(sim.allocated_bytes, sim.pinned_bytes)
-    while cap < most and starts:
-        memory = starts[0][0].clone()
-        memory.cap_bytes = cap
-        try:
-            play_run(sim.unrolled, memory, sim.states, warm=starts[0][1])
-        except OutOfMemory as error:
-            cap = max(error.needed_bytes, int(cap * LADDER))
-        else:
-            del starts[0]
-    return min(int(cap * (1 + MARGIN[kind])), most)
-
-
-def _with_workspaces(sim: Simulation) -> Native:
-    memory = sim.before_step.clone()
-    for size in workspaces(sim.unrolled):
-        memory.malloc(size)
-    return memory
-
-
-def _laid_out(
-    model: ModelSpec, run: RunSpec, card: GpuProfile, unrolled: Unrolled | None
-) -> tuple[Simulation, Held, int]:
-    """The run; how its loading goes; by how much from_pretrained leaves more allocated than a model built by layer.
+class Laid(NamedTuple):
+    """A run on its allocator: the step, how its loading goes, and what it needs at least.
 
     No checkpoint is at hand. The native allocator leaves tails of blocks that hang on the order in which the tensors
-    come: those of a model built layer by layer are what the run is played on, those of from_pretrained go into what
-    the card must hold (docs/decisions/0004). Expandable segments leave none.
+    come: those of a model built layer by layer are what the run is played on; by how much from_pretrained leaves more
+    goes into what the card must hold (docs/decisions/0004). Expandable segments leave none.
     """
-    if run.random_weights or run.levers.allocator == "expandable":
+
+    sim: Simulation
+    loading: Held
+    tails_bytes: int
+    caps: Caps
+
+    @property
+    def reserved_bytes(self) -> int:
+        return max(self.sim.played.reserved_bytes, self.loading.reserved_bytes)
+
+    @property
+    def loading_bytes(self) -> int:
+        return min(int(self.loading.peak_bytes * self.caps.margin), self.reserved_bytes)
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Between which the allocator's minimum is known to lie."""
+        least, most = (max(each + self.tails_bytes, self.loading_bytes) for each in self.caps.bounds)
+        return least, most
+
+    def within(self, budget: int) -> bool:
+        """Whether the allocator's minimum is at most `budget`."""
+        return self.loading_bytes <= budget and self.caps.within(budget - self.tails_bytes)
+
+
+def lay(model: ModelSpec, run: RunSpec, gpu: GpuProfile | None, unrolled: Unrolled | None = None) -> Laid:
+    """`unrolled` is the step of this run on this chip, where a search has played it before. Raises Unplannable."""
+    card, kind = gpu or NO_CARD, run.levers.allocator
+    if run.random_weights or kind == "expandable":
         sim = simulate(model, run, card, unrolled=unrolled)
-        return sim, sim.held, 0
+        return Laid(sim, sim.held, 0, Caps(sim, kind))
     sim = simulate(model, replace(run, random_weights=True), card, unrolled=unrolled)
     loading, _ = loaded(model, replace(run, random_weights=False))
-    return sim, loading, max(0, loading.resident.with_lora_bytes - sim.resident.with_lora_bytes)
+    tails = max(0, loading.resident.with_lora_bytes - sim.resident.with_lora_bytes)
+    return Laid(sim, loading, tails, Caps(sim, kind))
 
 
-def estimate(model: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None, unrolled: Unrolled | None = None) -> Ledger:
+def estimate(model: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None, laid: Laid | None = None) -> Ledger:
     """What every byte of `run` on `model` will be, at the highest point of a steady optimizer step.
 
-    Numbers that depend on the chip are those of `gpu`, or of compute capability 8.9. `unrolled` is the step of this
-    run on this chip, where a search has played it before. Raises Unplannable.
+    Numbers that depend on the chip are those of `gpu`, or of compute capability 8.9. `laid` is this run on this chip,
+    where a search has laid it out before. Raises Unplannable.
     """
     card = gpu or NO_CARD
-    sim, loading, tails = _laid_out(model, run, card, unrolled)
+    laid = laid or lay(model, run, card)
+    sim, loading, tails = laid.sim, laid.loading, laid.tails_bytes
     phase, live = live_at_peak(sim.unrolled)
     lines = _lines(model, run, sim, live)
     allocated = sim.allocated_bytes
@@ -237,11 +229,9 @@ def estimate(model: ModelSpec, run: RunSpec, gpu: GpuProfile | None = None, unro
         Line(key="overhead.rounding", label="tails of blocks too small to split", bytes=rest,
              formula="allocator replay minus the tensors", group="overhead")
     )  # fmt: skip
-    kind = run.levers.allocator
-    steps = minimum_bytes(sim, kind)
-    reserved = max(sim.played.reserved_bytes, loading.reserved_bytes)
-    least = max(steps + tails, min(int(loading.peak_bytes * (1 + MARGIN[kind])), reserved))
-    reserved = int(max(reserved, least) * card.reserved_factor)
+    steps = laid.caps.minimum_bytes()
+    least = max(steps + tails, laid.loading_bytes)
+    reserved = int(max(laid.reserved_bytes, least) * card.reserved_factor)
     nccl = nccl_bytes(run, card)
     lines += [
         Line(key="overhead.allocator", label="fragmentation that cannot be avoided", bytes=steps - allocated,
@@ -304,11 +294,11 @@ def _state_formula(trainable: int, sim: Simulation) -> str:
 
 
 def step_lines(unrolled: Unrolled, live: list[tuple[int, int]], labels: dict[str, str]) -> list[Line]:
-    """The tensors that are alive, (index into `unrolled.info`, how many), as one row for each key."""
+    """The tensors that are alive, (number, how many), as one row for each key."""
     sizes: dict[str, int] = {}
     tensors: dict[str, dict[tuple[str, int, int, str], tuple[int, int]]] = {}
     for ident, count in live:
-        key, name, rows, columns, dtype, size = unrolled.info[ident]
+        key, name, rows, columns, dtype, size = unrolled.row(ident)
         sizes[key] = sizes.get(key, 0) + size * count
         group = tensors.setdefault(key, {})
         n, total = group.get((name, rows, columns, dtype), (0, 0))

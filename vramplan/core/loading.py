@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from . import architecture as arch
-from .allocator import Native, Op, units
+from .allocator import BITS, Native, Op, by_pool, units
 from .fused import lora_shapes
 from .parallel import packed_rows, shard_rows, vocabulary_shards
 from .types import Lora, ModelSpec, Resident
@@ -60,6 +60,7 @@ class Loader:
         self.live: dict[int, int] = {}  # the blocks of what is resident
         self.plain: list[tuple[str, int, int]] = []  # unquantised parameters: name, elements, key in `live`
         self._ops: list[Op] = []
+        self._units: dict[int, int] = {}  # of their tensors, by key
         self._named: list[tuple[str, int, int]] = []  # what `_ops` adds to `plain`
         self._keys = 0
 
@@ -95,27 +96,29 @@ class Loader:
 
     def unload(self) -> None:
         """The model and its adapter are gone; what they lay in stays cached."""
-        self.memory.run([(key, 0, False) for key in self.live], 0, self.live)
+        ops = [(key, -(block >> BITS), False) for key, block in self.live.items()]
+        self.memory.run(by_pool(ops), 0, self.live)
         self.plain = []
 
     # -------------------------------------------------------------------------------------- writing and running
     def _tensor(self, size: int) -> int:
         self._keys += 1
+        self._units[self._keys] = units(size)
         self._ops.append((self._keys, units(size), True))
         return self._keys
 
     def _dies(self, key: int) -> None:
-        self._ops.append((key, 0, True))
+        self._ops.append((key, -self._units[key], True))
 
     def _run(self, times: int = 1) -> None:
         """Carry out what was written down, once for every layer."""
-        stride = self._keys
+        stride, todo = self._keys, by_pool(self._ops)
         for layer in range(times):
             shift = layer * stride
-            self.memory.run(self._ops, shift, self.live)
+            self.memory.run(todo, shift, self.live)
             self.plain += [(name, elements, key + shift) for name, elements, key in self._named]
         self._keys *= times + 1  # above every key in use
-        self._ops, self._named = [], []
+        self._ops, self._named, self._units = [], [], {}
 
     # ------------------------------------------------------------------------------------------------ loading
     def _layers(self, linears: tuple[arch.Linear, ...], vectors: tuple[tuple[str, int], ...]) -> None:
@@ -223,7 +226,7 @@ class Loader:
         for name, elements, key in self.plain:
             if which == "all" or (which == "norms" and "norm" in name):
                 narrow = live.pop(key)
-                self.memory.run(((key, units(4 * elements), False),), 0, live)
+                self.memory.run(by_pool([(key, units(4 * elements), False)]), 0, live)
                 self.memory.free(narrow)
         if which == "all":
             self.memory.empty_cache()

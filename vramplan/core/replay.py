@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .allocator import GRANULE, Native
-from .tape import WORKSPACE_KEY
-from .unroll import LAYER_SHIFT, Change, Unrolled
+from .allocator import GRANULE, Native, by_pool
+from .unroll import LAYER_SHIFT, Unrolled
 
 STATE_SECTION = ("optimizer", "start")
 
@@ -47,7 +46,7 @@ def play_step(unrolled: Unrolled, memory: Native, states: Sequence[int] = (), fi
     live: dict[int, int] = {}
     written = unrolled.written
     phase = ""
-    sizes = [row[5] // GRANULE for row in unrolled.info]
+    sizes = unrolled.sums.by_event([size // GRANULE for size in unrolled.kind_sizes])  # of deaths negative
     memory.most_in_use = memory.in_use
     for section, layer, changes in unrolled.steps(first):
         if section.phase != phase:
@@ -55,13 +54,13 @@ def play_step(unrolled: Unrolled, memory: Native, states: Sequence[int] = (), fi
             phase = section.phase
         if states and section[:2] == STATE_SECTION:
             born: dict[int, int] = {}
-            memory.run([(i, size // GRANULE, False) for i, size in enumerate(states)], 0, born)
+            memory.run(by_pool((i, size // GRANULE, False) for i, size in enumerate(states)), 0, born)
             played.states = list(born.values())
-        ops = written.get(id(changes))
-        if ops is None:
-            some = [change for change in changes if sizes[abs(change[0])]]  # a tensor without elements has no block
-            ops = written[id(changes)] = [(key, sizes[e] if e > 0 else 0, relative) for e, key, relative in some]
-        memory.run(ops, layer << LAYER_SHIFT, live)
+        same = unrolled.same_changes(changes)
+        todo = written.get(same)
+        if todo is None:
+            todo = written[same] = by_pool((key, sizes[e], relative) for e, key, relative in changes)
+        memory.run(todo, layer << LAYER_SHIFT, live)
     _close(played, phase, memory)
     played.reserved_bytes = memory.reserved
     return played
@@ -75,29 +74,28 @@ def _close(played: Played, phase: str, memory: Native) -> None:
 
 def workspaces(unrolled: Unrolled) -> list[int]:
     """Bytes of the cuBLAS workspaces that the step leaves behind."""
-    return [row[5] for row in unrolled.info if row[0] == WORKSPACE_KEY]
+    return [unrolled.kind_sizes[unrolled.kinds[ident]] for ident in unrolled.workspaces]
 
 
 def live_at_peak(unrolled: Unrolled) -> tuple[str, list[tuple[int, int]]]:
-    """(phase, [(info index, how many)]) of the tensors alive at the step's highest point."""
+    """(phase, [(number, how many)]) of the tensors alive at the step's highest point."""
     top, last = unrolled.highest()
     alive: dict[int, int] = {}
-    crossing: dict[int, list[Change]] = {}
     now = 0
     phase = ""
     for number, (section, layer) in enumerate(unrolled.order):
         phase, shift = section.phase, layer << LAYER_SHIFT
-        net, _, events = unrolled.totals[id(section)]
         if number == last:
             break
-        if id(section) not in crossing:
-            crossing[id(section)] = [c for c in unrolled.changes(section, events) if c[1] >= 0]
-        for event, key, relative in crossing[id(section)]:
+        for event, key, relative in unrolled.crossing_changes(section):
+            if key < 0:
+                continue
             if event > 0:
                 alive[key + shift if relative else key] = event
             else:
                 del alive[key + shift if relative else key]
-        now += net
+        now += unrolled.totals[id(section)].net
+    sizes = unrolled.sums.by_event(unrolled.steady_sizes)
     for event, key, relative in unrolled.changes(section, section.events):
         if now == top:
             break
@@ -106,7 +104,7 @@ def live_at_peak(unrolled: Unrolled) -> tuple[str, list[tuple[int, int]]]:
                 alive[key + shift if relative else key] = event
         else:
             del alive[key + shift if relative else key]
-        now += unrolled.deltas[event]
+        now += sizes[event]
     counts: dict[int, int] = {}
     for event in alive.values():
         counts[event] = counts.get(event, 0) + 1

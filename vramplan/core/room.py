@@ -6,14 +6,15 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from . import resident
+from .caps import MARGIN
 from .chip import traits
 from .fused import graphed
-from .ledger import MARGIN, estimate
+from .ledger import estimate
 from .lengths import real_share, usual_width
 from .parallel import outside_bytes, shards
 from .replay import workspaces
+from .sized import Sized, kind
 from .speed import graphs_fit, tokens_per_s
-from .timeline import play
 from .types import GpuProfile, Ledger, Lengths, ModelSpec, RunSpec
 from .unroll import Unrolled
 
@@ -38,6 +39,7 @@ class Quick:
         """lengths: of the data, which then decide the speed."""
         self.model, self.lengths = model, lengths
         self.known: dict[tuple[object, ...], tuple[int, Unrolled]] = {}
+        self.sized: dict[tuple[object, ...], list[Sized]] = {}  # steps that were played, by their kind
 
     def bytes(self, run: RunSpec, gpu: GpuProfile) -> int:
         return int(self._played(run, gpu)[0] * (1.01 + MARGIN[run.levers.allocator])) + outside_bytes(run, gpu)
@@ -72,9 +74,18 @@ class Quick:
     def _played(self, run: RunSpec, gpu: GpuProfile) -> tuple[int, Unrolled]:
         key = self.key(run, gpu)
         if key not in self.known:
-            unrolled = play(self.model, run, gpu)
+            unrolled = self._unrolled(run, gpu)
             self.known[key] = (self._resident(run, unrolled) + unrolled.peak_bytes(), unrolled)
         return self.known[key]
+
+    def _unrolled(self, run: RunSpec, gpu: GpuProfile) -> Unrolled:
+        """In sizes of a step that was played already, if that is alike but for them."""
+        played = self.sized.setdefault(kind(self.model, run, gpu), [])
+        for sized in played:
+            if found := sized.at(run, gpu):
+                return found
+        played.append(Sized(self.model, run, gpu))
+        return played[-1].played
 
     def _resident(self, run: RunSpec, unrolled: Unrolled) -> int:
         weights = resident.weights(self.model, run.double_quant, run.levers.upcast, shards(run)).total_bytes

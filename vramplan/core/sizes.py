@@ -11,8 +11,9 @@ from dataclasses import replace
 from math import isqrt
 from typing import NamedTuple
 
+from .caps import MARGIN
 from .chip import traits
-from .ledger import MARGIN, estimate
+from .ledger import NO_CARD, Laid, check_run, estimate, lay
 from .parallel import outside_bytes
 from .room import Quick, judge
 from .types import GpuProfile, Ledger, ModelSpec, RunSpec
@@ -48,9 +49,15 @@ class Sizes:
     def __init__(self, model: ModelSpec) -> None:
         self.model = model
         self.quick = Quick(model)
+        self._laid: dict[tuple[object, ...], Laid] = {}
         self._ledgers: dict[tuple[object, ...], Ledger] = {}
         self._points: dict[tuple[Family, object], dict[int, int]] = {}  # least bytes by size, of a family on a chip
-        self._replayed: dict[tuple[Family, object], tuple[int, int]] = {}  # of the last replay: those, what it took
+        self._replayed: dict[tuple[Family, object], tuple[int, Laid]] = {}  # of the last replay: those, what it took
+
+    def estimate(self, run: RunSpec, gpu: GpuProfile | None = None) -> Ledger:
+        """As `ledger.estimate` has it; cards of that chip need not replay the run again. Raises Unplannable."""
+        check_run(self.model, run)
+        return estimate(self.model, run, gpu, self._lay(run, gpu or NO_CARD))
 
     def device_bytes(self, run: RunSpec, gpu: GpuProfile) -> int:
         """What the card must hold, as `ledger.estimate` has it; where no card is large enough, the tensors alone.
@@ -69,7 +76,8 @@ class Sizes:
         return judge(self._ledger(run, gpu), gpu) if self.may_fit(run, gpu) else "does_not_fit"
 
     def fits(self, run: RunSpec, gpu: GpuProfile) -> bool:
-        return self.verdict(run, gpu) != "does_not_fit"
+        """Whether the verdict is not "does_not_fit". Raises Unplannable."""
+        return self.may_fit(run, gpu) and self._lay(run, gpu).within(gpu.usable_bytes - outside_bytes(run, gpu))
 
     def largest(self, family: Family, gpu: GpuProfile) -> int:
         """The n that fits while n + 1 does not: 0 where 1 does not fit, at most `family.last`."""
@@ -82,37 +90,56 @@ class Sizes:
         return low
 
     def about(self, family: Family, gpu: GpuProfile, low: int, high: int) -> int:
-        """The n between `low` and `high` that should just fit, from few plays: bytes are nearly linear in the size."""
+        """The n between `low` and `high` that should just fit, from few plays: bytes are nearly linear in the size.
+
+        It is the guess that the exact need leads to: caps are tried until both of its bounds lead there by the same
+        points, and so all between them. A rough one would do if more never fitted where less does not; natively it
+        may, and a search that goes another way may end elsewhere.
+        """
         key = self._key(family, gpu)
         points = self._points.setdefault(key, {})
-        target = self._target(key, gpu.usable_bytes - outside_bytes(family.run, gpu))
         for n in (1, 2):
             if len(points) < 2 and n <= family.last:
                 points[family.size(n)] = self._least(family.at(n), gpu)
-        n = low
+        budget = gpu.usable_bytes - outside_bytes(family.run, gpu)
+        while True:
+            guesses = [self._guess(family, gpu, target, low, high, points) for target in self._targets(key, budget)]
+            if guesses[0] == guesses[-1]:
+                n, self._points[key] = guesses[0]
+                return n
+            self._replayed[key][1].caps.climb()
+
+    def _guess(
+        self, family: Family, gpu: GpuProfile, target: int, low: int, high: int, known: dict[int, int]
+    ) -> tuple[int, dict[int, int]]:
+        """(the n whose tensors should come next to `target`, the points known then)"""
+        n, points = low, known.copy()
         for _ in range(GUESSES):
             n = min(max(bisect_right(family.sizes, _crossing(points, target)), low + 1), high - 1)
             if family.size(n) in points:
                 break
             points[family.size(n)] = self._least(family.at(n), gpu)
-        return n
+        return n, points
 
     # -------------------------------------------------------------------------------------------------- one size
     def _fits_at(self, family: Family, n: int, gpu: GpuProfile) -> bool:
         run = family.at(n)
         fits = self.fits(run, gpu)
         key = self.quick.key(run, gpu)
-        if key in self._ledgers:
-            self._replayed[self._key(family, gpu)] = self._least(run, gpu), self._ledgers[key].peak.minimum_bytes
+        if key in self._laid:
+            self._replayed[self._key(family, gpu)] = self._least(run, gpu), self._laid[key]
         return fits
 
-    def _target(self, key: tuple[Family, object], budget: int) -> int:
+    def _targets(self, key: tuple[Family, object], budget: int) -> tuple[int, ...]:
         """Tensors that should take `budget` when they are replayed: pages that are not full are a few whatever the
-        size, while what breaks up in the native allocator grows with it."""
-        least, need = self._replayed.get(key, (1, 1))
+        size, while what breaks up in the native allocator grows with it. Two, where that is between them."""
+        if key not in self._replayed:
+            return (budget,)
+        least, laid = self._replayed[key]
+        needs = dict.fromkeys(laid.bounds)
         if key[0].run.levers.allocator == "expandable":
-            return budget - (need - least)
-        return budget * least // need
+            return tuple(budget - (need - least) for need in needs)
+        return tuple(budget * least // need for need in needs)
 
     def _key(self, family: Family, gpu: GpuProfile) -> tuple[Family, object]:
         return family, traits(self.model, family.at(family.last), gpu)
@@ -122,11 +149,18 @@ class Sizes:
         margin = 1 + MARGIN["expandable"] if run.levers.allocator == "expandable" else 1
         return int(self.quick.tensor_bytes(run, gpu) * margin)
 
-    def _ledger(self, run: RunSpec, gpu: GpuProfile) -> Ledger:
-        """The run's ledger, with the peak of this card: others of its chip differ in the CUDA context alone."""
+    def _lay(self, run: RunSpec, gpu: GpuProfile) -> Laid:
         key = self.quick.key(run, gpu)
+        if key not in self._laid:
+            self._laid[key] = lay(self.model, run, gpu, self.quick.unrolled(run, gpu))
+        return self._laid[key]
+
+    def _ledger(self, run: RunSpec, gpu: GpuProfile) -> Ledger:
+        """The run's ledger, with the peak of this card: others of its chip differ in the CUDA context, and in what a
+        calibration says of it."""
+        key = (*self.quick.key(run, gpu), gpu.reserved_factor)
         if key not in self._ledgers:
-            self._ledgers[key] = estimate(self.model, run, gpu, self.quick.unrolled(run, gpu))
+            self._ledgers[key] = estimate(self.model, run, gpu, self._lay(run, gpu))
         ledger = self._ledgers[key]
         need = ledger.peak.minimum_bytes + outside_bytes(run, gpu)
         return replace(ledger, peak=replace(ledger.peak, device_bytes=need))

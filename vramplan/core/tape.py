@@ -35,6 +35,7 @@ class Recorder:
         self.events: list[int] = []
         self.info: list[tuple[str, str, int, int, str, int]] = [("", "", 0, 0, "", 0)]
         self.marks: list[tuple[int, str]] = []
+        self.sizes: dict[tuple[int, int, str], int] = {}  # bytes by rows, columns and dtype
         self.scope = ""  # the ledger key that new tensors get
         self.module = ""  # prefix of their names
         self.sequence = 0
@@ -53,11 +54,14 @@ class Storage:
     __slots__ = ("__weakref__", "events", "ident")
 
     def __init__(self, rec: Recorder, name: str, rows: int, columns: int, dtype: str, key: str) -> None:
-        size = rows * columns * DTYPE_BYTES[dtype]
-        rec.info.append((key or rec.scope, rec.module + name, rows, columns, dtype, -(-size // GRANULE) * GRANULE))
-        self.ident = len(rec.info) - 1
-        self.events = rec.events
-        self.events.append(self.ident)
+        size = rec.sizes.get((rows, columns, dtype))
+        if size is None:
+            size = -(-(rows * columns * DTYPE_BYTES[dtype]) // GRANULE) * GRANULE
+            rec.sizes[rows, columns, dtype] = size
+        ident = self.ident = len(rec.info)
+        rec.info.append((key or rec.scope, rec.module + name, rows, columns, dtype, size))
+        events = self.events = rec.events
+        events.append(ident)
 
     def __del__(self) -> None:
         self.events.append(-self.ident)
@@ -335,7 +339,8 @@ class Tape:
             grad = results[i] if i < len(results) else None
             if edge is None or grad is None:
                 continue
-            if grad.rows * grad.columns != edge[2] * edge[3]:
+            same = grad.rows is edge[2] and grad.columns is edge[3]  # mostly, and quickly said
+            if not same and grad.rows * grad.columns != edge[2] * edge[3]:
                 by_head = grad.by_head
                 grad = self.new("gradient summed", edge[2], edge[3], grad.dtype)
                 grad.by_head = by_head

@@ -10,6 +10,7 @@ The order of things is that of transformers 5.17 under bf16 autocast: `driver` "
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import lcm
 
@@ -30,6 +31,8 @@ from .varlen import borders
 # Families whose decoder makes both masks, also where all layers are of one kind.
 BOTH_MASKS = ("ministral", "cohere2", "olmo3", "gemma2", "gemma3_text")
 
+ALLOCATING = ("adamw_torch", "adafactor")  # optimizers whose kernels allocate on the way
+
 
 def checkpointed(levers_checkpointing: str, layer: int) -> bool:
     """Whether this layer keeps only its input. transformers' every_n_layers=k: layers 0, k, 2k, ..."""
@@ -49,6 +52,7 @@ class Step:
     def __init__(self, spec: ModelSpec, run: RunSpec, gpu: GpuProfile, depth: int = 0) -> None:
         self.spec = spec
         self.depth = depth or spec.num_layers  # of the model, of which `spec.num_layers` are played
+        self.first = self.period = 1  # of `Unrolled`
         self.run = run
         self.rec = Recorder()
         self.tape = Tape(self.rec, gpu.compute_capability)
@@ -337,8 +341,22 @@ class Step:
 
 def play(spec: ModelSpec, run: RunSpec, gpu: GpuProfile) -> Unrolled:
     """The steady optimizer step of `run` on `spec`, at full depth."""
-    period = lcm(checkpoint_period(run.levers.checkpointing), pattern_period(spec, run))
-    played = min(spec.num_layers, 4 * period + spec.num_layers % period)
-    step = Step(replace(spec, num_layers=played), run, gpu, spec.num_layers)
+    step = begun(spec, run, gpu)
     step.play()
-    return Unrolled(step.rec, played, spec.num_layers, period)
+    return unrolled(step)
+
+
+def begun(spec: ModelSpec, run: RunSpec, gpu: GpuProfile) -> Step:
+    """The step on as many layers as stand for all."""
+    period = lcm(checkpoint_period(run.levers.checkpointing), pattern_period(spec, run))
+    # the first and the last layer of each kind differ from the others; what waits to be offloaded spans a period
+    first = period + 1 if run.levers.checkpoint_offload else max(period, 2)
+    played = min(spec.num_layers, first + 2 * period + (spec.num_layers - first) % period)
+    step = Step(replace(spec, num_layers=played), run, gpu, spec.num_layers)
+    step.first, step.period = first, period
+    return step
+
+
+def unrolled(step: Step, places: Sequence[int] | None = None, values: Sequence[int] | None = None) -> Unrolled:
+    """A step that has been played, at full depth. `places`, `values`: as `Unrolled` has them."""
+    return Unrolled(step.rec, step.spec.num_layers, step.depth, step.period, step.first, places, values)

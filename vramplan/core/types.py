@@ -6,7 +6,9 @@ returns only these types: `sources` reads the world into them, `core` computes w
 the training child writes one (`Measurement`) back.
 """
 
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError, dataclass, field
+from operator import attrgetter
 
 SCHEMA_VERSION = 1
 
@@ -73,6 +75,9 @@ class Unplannable(ValueError):
         self.hint = hint
 
 
+_GETTERS: dict[type, Callable[[object], tuple[object, ...]]] = {}  # of a class's fields
+
+
 class Value:
     """What the dataclasses below have in common: frozen, equal and hashed by their fields.
 
@@ -91,7 +96,11 @@ class Value:
         raise FrozenInstanceError(f"cannot delete field {name!r}")
 
     def _fields(self) -> tuple[object, ...]:
-        return tuple(getattr(self, name) for name in self.__dataclass_fields__)  # type: ignore[attr-defined]
+        found = _GETTERS.get(self.__class__)
+        if found is None:  # one call for all fields, as searches hash many values; with two it returns a tuple
+            names = tuple(self.__dataclass_fields__)  # type: ignore[attr-defined]
+            found = _GETTERS[self.__class__] = attrgetter("__class__", *names)
+        return found(self)
 
     def __eq__(self, other: object) -> bool:
         if other.__class__ is not self.__class__:
@@ -100,7 +109,7 @@ class Value:
         return self._fields() == other._fields()
 
     def __hash__(self) -> int:
-        return hash((self.__class__, self._fields()))
+        return hash(self._fields())
 
     def __repr__(self) -> str:
         names = self.__dataclass_fields__  # type: ignore[attr-defined]

@@ -6,8 +6,9 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
+from vramplan.core.caps import MARGIN
 from vramplan.core.expandable import allocator
-from vramplan.core.ledger import LABELS, MARGIN, step_lines
+from vramplan.core.ledger import LABELS, step_lines
 from vramplan.core.types import GpuProfile, Ledger, Line, ModelSpec, Peak, PhasePeak, Resident, RunSpec
 from vramplan.trace import known
 from vramplan.trace import model as models

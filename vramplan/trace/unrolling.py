@@ -25,7 +25,7 @@ STEP = ("forward", "backward", "optimizer")
 class Traced:
     """One traced run through the allocator. Bytes by phase: `peak` is the highest point, `after` what was left.
 
-    `live` are (index into `unrolled.info`, how many) of the tensors at the highest point of the steady step.
+    `live` are (number, how many) of the tensors at the highest point of the steady step.
     """
 
     unrolled: Unrolled
@@ -140,7 +140,7 @@ class _Replay:
         self.close(phase)
 
     def play(self, changes: list[Change], shift: int, steady: bool) -> None:
-        memory, info = self.memory, self.result.unrolled.info
+        memory, sizes = self.memory, self.result.unrolled.sizes
         for event, key, relative in changes:
             at = key + shift if relative else key
             if event < 0:
@@ -150,7 +150,7 @@ class _Replay:
                 continue
             if steady and at in self.lasting:
                 continue
-            self.blocks[at] = memory.malloc(info[event][5])
+            self.blocks[at] = memory.malloc(sizes[event])
             self.alive[at] = event
             self.count += 1
             if self.count == self.pin_at:
