@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from . import architecture as arch
 from . import resident
+from .caps import MARGIN
 from .fused import adapter_shapes, is_fused
-from .ledger import MARGIN, NO_CARD
+from .ledger import NO_CARD
 from .parallel import shard_rows, shards
 from .replay import live_at_peak, workspaces
 from .timeline import play
