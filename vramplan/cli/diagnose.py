@@ -12,6 +12,7 @@ import click
 from vramplan.cli import build, complete, options, pictures
 from vramplan.cli.diagnosed import Given, sort_paths
 from vramplan.cli.output import print_json
+from vramplan.cli.trying import Trial
 from vramplan.core.types import SCHEMA_VERSION, GpuProfile, ModelSpec, OomEvidence, Plan, RunSpec, Unplannable
 from vramplan.errors import OK, InputError, VramplanError
 
@@ -33,6 +34,8 @@ NOT_FOUND = "No out-of-memory report found in {}."
               help="The run, by MODEL and the flags below.")  # fmt: skip
 @click.option("--gpu", cls=options.SectionOption, section="Card", metavar="NAME|live",
               help="Hold fixes against this card.  [default: the one in the report]")  # fmt: skip
+@click.option("--verify", is_flag=True, cls=options.SectionOption, section="Card",
+              help="Try the best fixes on this machine's card, a few steps each.")  # fmt: skip
 @options.use(options.BATCH, options.RUN, options.LORA, options.LEVERS, options.FILES, options.OUTPUT)
 @click.pass_context
 def command(ctx: click.Context, /, **params: Any) -> int:
@@ -44,24 +47,32 @@ def command(ctx: click.Context, /, **params: Any) -> int:
     run, card = run_and_card(ctx, params, given.folder)
     if pictures.wanted(params) and run is None:
         raise InputError("--svg and --html draw a run's step", "say what ran: --run FILE, --model NAME, a run folder")
-    diagnosis = _explained(params, given, run, card)
+    if params["verify"] and run is None:
+        raise InputError("--verify tries changed runs", "say what ran: --run FILE, --model NAME, a run folder")
+    trial = Trial(params["width"]) if params["verify"] else None
+    diagnosis = _explained(params, given, run, card, trial)
     if pictures.wanted(params):
         _draw(params, run, card, given.folder, diagnosis)
+    if trial is not None and trial.failure is not None:
+        trial.tell_failure()
+        return trial.failure.exit_code
     return OK
 
 
-def _explained(params: build.Params, given: Given, run: RunSpec | None, card: GpuProfile | None) -> Diagnosis | None:
+def _explained(
+    params: build.Params, given: Given, run: RunSpec | None, card: GpuProfile | None, trial: Trial | None
+) -> Diagnosis | None:
     """What the logs and the snapshot say, printed. None: there is no out-of-memory report in them."""
     evidence = _evidence(given)
     if given.snapshots or given.snapshot_stream is not None:
         path = str(given.snapshots[0]) if given.snapshots else "stdin"
         return show_snapshot(path, evidence, run, card, as_json=params["as_json"], width=params["width"],
-                             stream=given.snapshot_stream)  # fmt: skip
+                             stream=given.snapshot_stream, trial=trial)  # fmt: skip
     if evidence is None:
         where = ", ".join("stdin" if path == "-" else path for path in params["paths"][:3])
         _say_nothing_found(where, as_json=params["as_json"])
         return None
-    return show(evidence, run, card, as_json=params["as_json"], width=params["width"])
+    return show(evidence, run, card, as_json=params["as_json"], width=params["width"], trial=trial)
 
 
 def _draw(
@@ -152,9 +163,11 @@ def show(
     as_json: bool = False,
     width: int | None = None,
     holdings: Holdings | None = None,
+    trial: Trial | None = None,
 ) -> Diagnosis:
-    """Diagnose and print."""
+    """Diagnose and print; what `trial` finds of the fixes is shown with them."""
     diagnosis = diagnosed(evidence, run, card, holdings)
+    diagnosis = trial(diagnosis) if trial else diagnosis
     if as_json:
         from vramplan.sources.records import encode
 
@@ -199,6 +212,7 @@ def show_snapshot(
     as_json: bool = False,
     width: int | None = None,
     stream: Any = None,
+    trial: Trial | None = None,
 ) -> Diagnosis | None:
     """The holders of a snapshot, then the diagnosis of its out-of-memory event, or of the log's report if there is one:
     the report's numbers come first, the snapshot adds what it does not say."""
@@ -214,7 +228,7 @@ def show_snapshot(
     if report is not None:
         evidence = _joined(report, evidence)
     if evidence is not None:
-        return show(evidence, run, card, as_json=as_json, width=width, holdings=held)
+        return show(evidence, run, card, as_json=as_json, width=width, holdings=held, trial=trial)
     if not as_json:
         from vramplan.report.holdings import show_holdings
 

@@ -96,9 +96,9 @@ class Prober:
             def say(text: str) -> None:
                 display.on_event({"event": "phase", "name": "probe", "message": text})
 
-            place = Place(card=self.here, nvml=self.nvml, index=self.index, on_event=display.on_event, log=_show_log)
+            place = Place(card=self.here, nvml=self.nvml, index=self.index, on_event=display.on_event, log=show_log)
             return verify(plan, place, say, capped=self.named, shorten=self.params["objective"] == "context")
 
 
-def _show_log(text: str) -> None:
+def show_log(text: str) -> None:
     click.echo(text, err=True)

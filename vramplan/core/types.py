@@ -797,7 +797,11 @@ class OomEvidence(Value):
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Fix(Value):
-    """A changed run, priced in full. `command` can be pasted."""
+    """A changed run, priced in full. `command` can be pasted.
+
+    `tried` is how a short run of it ended on a card ("finished" or "oom", None: not tried), `tried_bytes` the most that
+    PyTorch had allocated in it.
+    """
 
     title: str
     run: RunSpec
@@ -806,6 +810,8 @@ class Fix(Value):
     fits: bool | None
     changes_training: bool = False
     command: str = ""
+    tried: str | None = None
+    tried_bytes: int | None = None
 
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)

@@ -125,8 +125,14 @@ def fixes_table(screen: Console, fixes: Sequence[Fix]) -> Table:
         verdict = "" if fix.fits is None else "fits" if fix.fits else "does_not_fit"
         saves = human(fix.saves_bytes) if fix.saves_bytes else "-"
         title = fix.title + (" *" if fix.changes_training else "")
-        table.add_row(title, saves, human(fix.device_bytes), tables.verdict_text(verdict))
+        table.add_row(title, saves, human(fix.device_bytes), TRIED.get(fix.tried or "") or tables.verdict_text(verdict))
     return table
+
+
+TRIED = {  # how a short run of a fix ended on a card
+    "finished": Text("runs", style=tables.VERDICT_STYLES["fits"]),
+    "oom": Text("ran out", style=tables.VERDICT_STYLES["does_not_fit"]),
+}
 
 
 def _left(screen: Console, count: int) -> None:
