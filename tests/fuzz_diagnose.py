@@ -8,6 +8,7 @@ A refusal (InputError, Unplannable) is an answer; any other exception, a hang or
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import json
 import pickle
@@ -70,9 +71,9 @@ def seeds(target: str, folder: Path) -> None:
     if target == "oom_text":
         import test_oom_text as texts
 
-        found = [text.encode() for text, _ in texts.REAL.values()] + [
-            text.encode() for _, text, _ in texts.MADE.values()
-        ]
+        made = [*texts.MADE.values(), *texts.SEEN.values()]
+        found = [text.encode() for text in (*(text for text, _ in texts.REAL.values()), *(text for _, text, _ in made))]
+        found += [gzip.compress(found[0]), found[0].decode().encode("utf-16")]
     elif target == "snapshot":
         from snapshot_tools import out_of_memory, training
 

@@ -141,7 +141,8 @@ def test_the_first_rank_to_fail_is_the_cause(stamp: str, tmp_path: Path, capsys:
     first = 10 if "12:00" in stamp else 2
     assert code == 0 and evidence["requested_bytes"] == {2: 20 * MIB, 10: 64 * MIB}[first]
     assert evidence["rank"] == (0 if "rank0" in stamp and first == 10 else first)
-    assert err.count("\n") == 1 and "failed first" in err and f"rank {12 - first} " in err
+    assert err.count("\n") == 1 and f"rank {12 - first} " in err
+    assert ("failed first" if first == 10 else "is taken for the first to fail") in err
 
 
 def test_logs_in_the_order_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +151,10 @@ def test_logs_in_the_order_given(tmp_path: Path, capsys: pytest.CaptureFixture[s
     second.write_text("[rank0]: " + REPORT.format("20.00"))
     code, out, err = called(capsys, first, second, "--json")
     assert code == 0 and requested(out) == 64 * MIB and json.loads(out)["evidence"]["rank"] == 1
-    assert "rank 1 (rank1.log) failed first; after it rank 0 (rank0.log, 20.0 MiB asked for)" in err
+    assert (
+        "rank 1 (rank1.log) is taken for the first to fail; out of memory too: rank 0 (rank0.log, 20.0 MiB asked for)"
+        in err
+    )
 
 
 def test_an_exit_code_is_never_the_first_to_fail(tmp_path: Path) -> None:
@@ -186,7 +190,7 @@ def test_a_run_folder_with_its_snapshot_and_other_logs(tmp_path: Path, capsys: p
     other = tmp_path / "other.log"
     other.write_text("2026-11-30 12:00:09 " + REPORT.format("64.00"))
     code, out, err = called(capsys, other, tmp_path, "--json")
-    assert code == 0 and requested(out) == 64 * MIB and "other.log failed first" in err
+    assert code == 0 and requested(out) == 64 * MIB and "other.log is taken for the first" in err
 
 
 def test_of_two_snapshots_the_one_that_was_written_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

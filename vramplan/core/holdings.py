@@ -78,10 +78,9 @@ class Replay:
                 stacks.pop(address, None)
         live: dict[int, Piece] = {}
         for index in range(at - 1, -1, -1):
-            event = events[index]
-            if event.action == ALLOC and event.address in sizes and event.address not in live:
-                frames = stacks.get(event.address) or event.frames
-                live[event.address] = Piece(sizes[event.address], frames, index)
+            action, address, _, born_at, _ = events[index]
+            if action == ALLOC and address in sizes and address not in live:
+                live[address] = Piece(sizes[address], stacks.get(address) or born_at, index)
                 if len(live) == len(sizes):
                     break
         for address, size in sizes.items():
@@ -104,13 +103,13 @@ def holdings(snapshot: Snapshot) -> Holdings:
     """Who holds what when memory ran out last, else now; the peak of the trace; what grows."""
     replay = Replay(snapshot)
     events = snapshot.events
-    stacks = {id(event.frames): event.frames for event in events}
+    stacks = {id(frames): frames for _, _, _, frames, _ in events}
     stacks |= {id(block.frames): block.frames for block in replay.now.values()}
     holders = Holders(stacks.values())
     failed = next((index for index in range(len(events) - 1, -1, -1) if events[index].action == OOM), None)
     at = len(events) if failed is None else failed
     moment = replay.moment(at)
-    peak = max(range(len(replay.before)), key=replay.before.__getitem__) if events else None
+    peak = replay.before.index(max(replay.before)) if events else None
     peaked = moment if peak is None or peak == at else replay.moment(peak)
     segments = replay.reserved(at)
     return Holdings(

@@ -89,9 +89,15 @@ def reports(paths: Sequence[Path]) -> list[RankReport]:
             evidence = report.evidence
             rank = rank_of(path) if evidence.rank is None and len(paths) > 1 else evidence.rank
             found.append(RankReport(path, rank, replace(evidence, rank=rank), report.time))
-    times = [report.time for report in found if report.time is not None]
-    same = len({"-" in time for time in times}) == 1 and len(times) == len(found)
+    same = timed(found)
     return sorted(found, key=lambda report: (is_weak(report.evidence), report.time or "" if same else ""))
+
+
+def timed(found: Sequence[RankReport]) -> bool:
+    """Whether all of them have a time, written in one way."""
+    return len({report.time is not None and "-" in report.time for report in found}) == 1 and all(
+        report.time for report in found
+    )
 
 
 def others_text(found: Sequence[RankReport]) -> str:
@@ -107,4 +113,6 @@ def others_text(found: Sequence[RankReport]) -> str:
     left = f" and {len(found) - 6} more" if len(found) > 6 else ""
     first = found[0]
     who = first.path.name if first.rank is None else f"rank {first.rank} ({first.path.name})"
-    return f"{who} failed first{f', at {first.time}' if first.time else ''}; after it {shown}{left}"
+    if timed(found) and not is_weak(first.evidence):
+        return f"{who} failed first, at {first.time}; after it {shown}{left}"
+    return f"{who} is taken for the first to fail; out of memory too: {shown}{left}"
