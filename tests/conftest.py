@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -60,3 +60,16 @@ def tokenizer(_trained: Any) -> Any:
 
     _trained.chat_template = tiny.CHAT_TEMPLATE
     return _trained
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """cli(*words): (exit code, stdout, stderr) of `vramplan *words`."""
+    from vramplan.cli import run
+
+    def call(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = run([str(word) for word in words])
+        return code, *capsys.readouterr()
+
+    return call

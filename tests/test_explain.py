@@ -10,7 +10,7 @@ import click
 import pytest
 from golden_tools import check_golden
 
-from vramplan.cli import COMMANDS, helping, root, run
+from vramplan.cli import COMMANDS, helping, root
 from vramplan.core.explain import RULES, explain, find
 from vramplan.core.ledger import estimate
 from vramplan.core.recipes import RECIPES
@@ -24,16 +24,6 @@ NO_TENSORS = ("overhead.",)
 LEVERS = (RECIPES["lean"], RECIPES["peft"],
           replace(RECIPES["peft"], checkpointing="none", optimizer="adamw_8bit"),
           replace(RECIPES["lean"], upcast="norms", optimizer="adafactor"))  # fmt: skip
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Call:
-    def call(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = run([str(word) for word in words])
-        return code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.mark.parametrize("gpus", [1, 2])

@@ -15,7 +15,6 @@ from golden_tools import check_golden
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vramplan.cli import run
 from vramplan.core.dialects import AXOLOTL_ATTENTIONS, Rewrite, Rewritten, rewrite
 from vramplan.core.types import OPTIMIZERS, Plan, RunSpec, TrainerConfig
 from vramplan.report.fit import show_fit
@@ -31,16 +30,6 @@ MODEL = {"transformers": ["llama-2-7b"]}
 SLOW = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 
 Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Call:
-    def call(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = run([str(word) for word in words])
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def held(name: str) -> TrainerConfig:

@@ -22,7 +22,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from vramplan.cli import run
 from vramplan.core.types import Ledger
 from vramplan.core.units import GIB, MIB
 from vramplan.launch import attaching
@@ -45,16 +44,6 @@ def put(folder: Path, *events: dict[str, Any]) -> None:
     with (folder / "progress.jsonl").open("a") as file:
         for event in events:
             file.write(json.dumps({"t": time.time(), **event}) + "\n")
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Call:
-    def call(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = run([str(word) for word in words])
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def watched(*events: dict[str, Any], ledger: Ledger | None = None) -> Watched:

@@ -36,6 +36,7 @@ COMMANDS = {
     "completion": "Print the script that makes a shell complete all of this.",
     "quickstart": "See it all on a tiny model: no GPU, no Hub, under three minutes.",
 }
+MODULES = {"run": "wrapped"}  # `vramplan.cli.run` is the function below, whatever has been imported
 
 
 class LazyGroup(click.Group):
@@ -49,7 +50,7 @@ class LazyGroup(click.Group):
             return None
         from importlib import import_module
 
-        command: click.Command = import_module(f"vramplan.cli.{cmd_name}").command
+        command: click.Command = import_module(f"vramplan.cli.{MODULES.get(cmd_name, cmd_name)}").command
         return command
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
