@@ -185,3 +185,27 @@ def test_whole_commands_in_the_text(text: str, capsys: pytest.CaptureFixture[str
     code = run(shlex.split(text)[1:])
     out, err = capsys.readouterr()
     assert (code, bool(out)) == (OTHER_CODES.get(text, 0), True), err
+
+
+# ------------------------------------------------------------------------------------------------- files that are named
+NAMED = re.compile(r"`((?:[\w.-]+/)*[\w-]+\.py|(?:vramplan|tests|docs|profiles)/[\w./-]+)`")
+LINKED = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+
+
+def missing(page: Path, text: str) -> list[str]:
+    """What a page names that is nowhere: a path from the root or a package, a bare name from any folder of ours."""
+    ours = {path.name for folder in ("vramplan", "tests") for path in (ROOT / folder).rglob("*.py")}
+    bases = (ROOT, ROOT / "vramplan")
+    named = [name for name in NAMED.findall(text) if not any((base / name).exists() for base in bases)]
+    linked = [name for name in LINKED.findall(text) if not (page.parent / name).exists()]
+    return [name for name in named if name not in ours] + linked
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.name) for page in PAGES])
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    assert missing(page, page.read_text(encoding="utf-8")) == []
+
+
+def test_a_file_that_is_nowhere_is_seen() -> None:
+    text = "`vramplan/core/typos.py`, `typos.py`, `core/types.py`, `types.py`, [page](concept.md), [page](cli.md#fit)"
+    assert missing(ROOT / "docs" / "data.md", text) == ["vramplan/core/typos.py", "typos.py", "concept.md"]
