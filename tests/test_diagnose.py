@@ -341,6 +341,7 @@ def test_a_stock_run_is_offered_the_lean_recipe() -> None:
     assert found[1].run == replace(PEFT, recipe="lean", levers=Levers(checkpointing="every-2"))
     assert "--recipe" not in found[1].command and "--checkpointing every-2" in found[1].command
     alone = diagnose(report(), TINY, PEFT).fixes  # without a card the largest saving of levers is the first
+    alone = tuple(fix for fix in alone if fix.saves_bytes)  # not the run as it was described
     levers = [fix for fix in alone if fix.run.micro_batch_size == PEFT.micro_batch_size and not fix.changes_training]
     assert levers[0].title == LEAN_TITLE and levers[0].saves_bytes > levers[1].saves_bytes
 

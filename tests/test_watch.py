@@ -168,6 +168,11 @@ def test_once_and_json_do_not_wait(cli: Call, tmp_path: Path) -> None:
     assert (state["running"], state["step"], state["loss"], state["peak_bytes"]) == (True, 6, 0.5, 5 * GIB)
 
 
+def default_sigint() -> None:
+    """Who starts the tests in the background may have had it ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_leaves_the_run_alone(tmp_path: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
@@ -175,7 +180,7 @@ def test_ctrl_c_leaves_the_run_alone(tmp_path: Path) -> None:
         put(tmp_path, START, step(1))
         before = sorted(path.name for path in tmp_path.iterdir())
         watch = subprocess.Popen([sys.executable, "-m", "vramplan", "watch", str(tmp_path)], stdout=subprocess.PIPE,
-                                 stderr=subprocess.PIPE, text=True)  # fmt: skip
+                                 stderr=subprocess.PIPE, text=True, preexec_fn=default_sigint)  # fmt: skip
         assert watch.stdout is not None
         watch.stdout.readline()
         watch.send_signal(signal.SIGINT)
