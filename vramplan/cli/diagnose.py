@@ -12,11 +12,11 @@ import click
 from vramplan.cli import build, complete, options, pictures
 from vramplan.cli.diagnosed import Given, sort_paths
 from vramplan.cli.output import print_json
-from vramplan.cli.trying import Trial
 from vramplan.core.types import SCHEMA_VERSION, GpuProfile, ModelSpec, OomEvidence, Plan, RunSpec, Unplannable
 from vramplan.errors import OK, InputError, VramplanError
 
 if TYPE_CHECKING:
+    from vramplan.cli.trying import Trial
     from vramplan.core.inverse import Known
     from vramplan.core.types import Diagnosis, Holdings
 
@@ -49,7 +49,7 @@ def command(ctx: click.Context, /, **params: Any) -> int:
         raise InputError("--svg and --html draw a run's step", "say what ran: --run FILE, --model NAME, a run folder")
     if params["verify"] and run is None:
         raise InputError("--verify tries changed runs", "say what ran: --run FILE, --model NAME, a run folder")
-    trial = Trial(params["width"]) if params["verify"] else None
+    trial = _trial(params["width"]) if params["verify"] else None
     diagnosis = _explained(params, given, run, card, trial)
     if pictures.wanted(params):
         _draw(params, run, card, given.folder, diagnosis)
@@ -57,6 +57,12 @@ def command(ctx: click.Context, /, **params: Any) -> int:
         trial.tell_failure()
         return trial.failure.exit_code
     return OK
+
+
+def _trial(width: int | None) -> Trial:
+    from vramplan.cli.trying import Trial
+
+    return Trial(width)
 
 
 def _explained(
