@@ -539,6 +539,18 @@ def test_the_live_bar_draws_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> No
     assert isinstance(make_display(Terminal(), GIB), PlainDisplay)
 
 
+@pytest.mark.parametrize(("width", "drawn"), [(120, True), (99, False)])
+def test_a_wide_bar_shows_the_course_of_the_loss(monkeypatch: pytest.MonkeyPatch, width: int, drawn: bool) -> None:
+    from vramplan.report.live import make_display
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    stream = Terminal(tty=True)
+    with make_display(stream, 2 * GIB, width=width) as display:
+        for step, loss in enumerate((4.0, 3.0, float("nan"), 2.0), 1):
+            display.on_event({**STEP, "step": step, "loss": loss})
+    assert ("loss █▅▁ 2.000" in stream.text) is drawn and ("loss 2.000" in stream.text) is not drawn
+
+
 def test_the_bar_of_a_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     terminal, file = Terminal(tty=True), Terminal()

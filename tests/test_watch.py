@@ -25,8 +25,9 @@ from rich.console import Console
 from vramplan.core.types import Ledger
 from vramplan.core.units import GIB, MIB
 from vramplan.launch import attaching
+from vramplan.report.sparkline import SPARKS, sparkline
 from vramplan.report.tables import console
-from vramplan.report.watch import SPARKS, Watched, sparkline, view
+from vramplan.report.watch import Watched, view
 from vramplan.report.watching import LiveScreen
 from vramplan.sources.records import write_json
 

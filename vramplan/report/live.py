@@ -17,6 +17,8 @@ from vramplan.report.survival import health_text, oom_text, rehearsal_text
 
 Event = dict[str, Any]
 EVERY_S = 10.0  # between plain lines
+SPARK_CELLS, SPARK_WIDTH = 12, 116  # the course of the loss, on terminals at least so wide
+MOST_LOSSES = 10_000  # kept; of more every second one is left out
 TEXTS = {"oom": oom_text, "rehearsal": rehearsal_text, "health": health_text}
 
 
@@ -93,6 +95,7 @@ class LiveDisplay:
 
         self.planned_bytes = planned_bytes
         self.total: int | None = None
+        self.losses: list[float] = []
         self.screen = screen
         self.progress = Progress(
             BarColumn(
@@ -123,7 +126,7 @@ class LiveDisplay:
             self.progress.update(
                 self.task,
                 completed=_int(event.get("step")) or 0,
-                description=step_text(event, self.total, self.planned_bytes),
+                description=step_text(event, self.total, self.planned_bytes, self._course(event)),
             )
         elif event.get("event") == "eval_progress":
             self.progress.update(self.task, description=evaluating_text(event))
@@ -138,12 +141,25 @@ class LiveDisplay:
                 self.progress.update(self.task, description=text)
             self.progress.console.print(text)
 
+    def _course(self, event: Event) -> str:
+        """The losses so far, in a few cells."""
+        from vramplan.report.sparkline import sparkline
+        from vramplan.report.tables import is_ascii
 
-def step_text(event: Event, total: int | None, planned_bytes: int) -> str:
+        if (loss := _float(event.get("loss"))) is not None:
+            if len(self.losses) >= MOST_LOSSES:
+                del self.losses[::2]
+            self.losses.append(loss)
+        if self.screen.width < SPARK_WIDTH or is_ascii(self.screen) or len(self.losses) < 2:
+            return ""
+        return sparkline(self.losses, SPARK_CELLS)
+
+
+def step_text(event: Event, total: int | None, planned_bytes: int, course: str = "") -> str:
     """ "12/60  loss 2.314  3,201 tok/s  5.31/5.86 GiB  0:01:20 left", without what the child did not say."""
     parts = [f"{_int(event.get('step')) or 0}/{total if total is not None else '?'}"]
     if (loss := _float(event.get("loss"))) is not None:
-        parts.append(f"loss {loss:.3f}")
+        parts.append(f"loss {course} {loss:.3f}" if course else f"loss {loss:.3f}")
     if (speed := _float(event.get("tokens_per_s"))) is not None:
         parts.append(f"{speed:,.0f} tok/s")
     if (peak := _int(event.get("peak_bytes"))) is not None:

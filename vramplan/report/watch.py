@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -16,9 +15,9 @@ from vramplan.report import tables
 from vramplan.report.estimate import run_line
 from vramplan.report.fields import number, one_line, whole
 from vramplan.report.live import clock, event_text
+from vramplan.report.sparkline import sparkline
 
 Event = dict[str, Any]
-SPARKS = "▁▂▃▄▅▆▇█"
 MOST_LOSSES = 100_000  # kept of a run; of more every second one is left out
 SPARK_CELLS, BAR_CELLS, SHOWN = 24, 30, 3
 TOLD = ("warning", "oom", "health", "restart")  # events worth a line of their own
@@ -143,16 +142,6 @@ def _table(screen: Console, watched: Watched) -> Table:
     if watched.held_out:
         table.add_row("held-out loss", "", f"{watched.held_out[0]:.3f}", f"at step {watched.held_out[1]:,}")
     return table
-
-
-def sparkline(values: Sequence[float], cells: int) -> str:
-    """The course of `values` in at most so many characters, each the mean of its share of them."""
-    count = min(cells, len(values))
-    edges = [index * len(values) // count for index in range(count + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
-    low, high = min(means), max(means)
-    scale = (len(SPARKS) - 1) / (high - low) if high > low else 0.0
-    return "".join(SPARKS[round((mean - low) * scale)] for mean in means)
 
 
 def _size(size: int | None) -> str:
