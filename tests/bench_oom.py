@@ -38,7 +38,7 @@ from vramplan.sources.oom_text import read_evidence
 from vramplan.sources.profiles import load_gpu
 
 TAIL_BYTES = 6000
-FRAGMENTED = (0.6, 0.35, 0.15)  # caps to try, from what lives at once to what was reserved
+FRAGMENTED = (0.15, 0.06, 0.02)  # caps to try, from what lives at once to what was reserved
 SCRIPT_CHANGES = {  # cause -> what it says in words, and the twist that is left of the script
     "evaluation": ("evaluated in batches as large as those of the training, for the loss alone",
                    lambda case: {"eval_batch": case.run.micro_batch_size}),
@@ -88,7 +88,7 @@ def fragment(case: Case, row: Row, free: Row, job: Job) -> Provoked:
     """The highest cap of a few under which the allocator's pieces are too small."""
     lives, reserved = free["peak_bytes"], free["reserved_bytes"]
     for part in FRAGMENTED:
-        cap = int(max(lives * 1.02, lives + part * (reserved - lives))) // MIB * MIB
+        cap = int(max(lives * 1.01, lives + part * (reserved - lives))) // MIB * MIB
         tried = played(replace(job, cap_bytes=cap))
         if tried["ended"] != "ok":
             break
