@@ -10,9 +10,11 @@ from factories import make_gpu
 
 from vramplan.core.architecture import total_parameters
 from vramplan.core.diagnose import diagnose
+from vramplan.core.fixes import lever
 from vramplan.core.ledger import estimate
 from vramplan.core.loading import warmup_bytes
 from vramplan.core.recipes import RECIPES
+from vramplan.core.room import Quick
 from vramplan.core.types import Diagnosis, Levers, OomEvidence, RunSpec, Unplannable
 from vramplan.core.units import GIB, MIB
 from vramplan.sources.hf_config import load_model
@@ -136,3 +138,32 @@ def test_a_run_beyond_all_addresses_is_refused() -> None:
     levers = Levers(attention="eager", kernels="stock", checkpointing="none")
     with pytest.raises(Unplannable, match="4 TiB"):
         estimate(spec, RunSpec(model=spec.name, micro_batch_size=8, seq_len=65536, levers=levers), make_gpu())
+
+
+def test_logits_of_the_batch_described_and_all_that_layers_save_are_inactive_checkpointing() -> None:
+    logits = 4 * 512 * MODEL.vocab_size
+    quick = Quick(MODEL)
+    with_all = quick.tensor_bytes(RUN, make_gpu())
+    without = quick.tensor_bytes(lever(checkpointing="none")(RUN), make_gpu())
+    assert without > 1.1 * with_all
+    held = {"allocated_bytes": without - logits, "cap": 40 * GIB}
+    found = told(logits, LOSS, **held)
+    assert found.cause_keys[0] == "checkpointing" and "512 tokens described" in found.causes[0]
+    assert found.fixes[0].title == "checkpointing that is active"
+    assert told(logits, LOSS, allocated_bytes=with_all - logits, cap=40 * GIB).cause_keys[0] != "checkpointing"
+    assert told(2 * logits, LOSS, **held).cause_keys[0] == "long_sample"
+
+
+def test_a_head_that_autocast_copies_is_float32() -> None:
+    copied = 2 * MODEL.vocab_size * MODEL.hidden_size
+    bare = lever(upcast="none")(RUN)
+    forward = ("a.py:1 compute_loss", "torch/nn/modules/linear.py:134 forward")
+    assert told(copied, *forward, run=bare).cause_keys[0] == "float32_base"
+    assert "float32_base" not in told(copied, *forward, run=lever(upcast="all")(RUN)).cause_keys
+
+
+def test_a_request_larger_than_any_tensor_described_is_no_fragmentation() -> None:
+    idle = {"reserved_unallocated_bytes": 3 * GIB, "allocated_bytes": 8 * GIB}
+    found = told(2.5 * GIB, "a.py:1 forward", **idle)
+    assert found.cause_keys[:2] == ("not_as_described", "fragmentation")
+    assert told(28 * MIB, "a.py:1 forward", **idle).cause_keys[0] == "fragmentation"

@@ -31,7 +31,16 @@ PHASES = (
     ("loss", ("loss_utils.py", "cross_entropy", "log_softmax", "nll_loss")),
     ("eager", ("eager_attention_forward",)),
     ("prepare", ("prepare_model_for_kbit_training",)),
-    ("load", ("from_pretrained", "_load_pretrained_model", "caching_allocator_warmup", "load_state_dict_into")),
+    (
+        "load",
+        (
+            "from_pretrained",
+            "_load_pretrained_model",
+            "caching_allocator_warmup",
+            "load_state_dict_into",
+            "core_model_loading.py",
+        ),
+    ),
     ("save", ("save_pretrained", "save_model", "_save_checkpoint", "merge_and_unload", "state_dict")),
     ("evaluation", ("evaluation_loop", "prediction_step", "evaluate")),
     ("backward", ("_engine_run_backward", "run_backward", "backward")),

@@ -141,7 +141,21 @@ def against_prediction(case: Case) -> Iterator[Finding]:
                       "report it with this log and the run.")  # fmt: skip
         return
     text = f"{fits}, but {human(used)} were held or asked for, {human(peak.allocated_bytes)} predicted at the peak"
-    yield Finding("not_as_described", 72, f"{text}. What would explain it: {', '.join(explanations(case, used))}.")
+    score, most = 72, largest_tensor(case)
+    if most is not None and most < 0.98 * (case.evidence.requested_bytes or 0):
+        score, text = 90, f"{text}; no tensor of its step is larger than {human(most)}"  # one piece or not
+    yield Finding("not_as_described", score, f"{text}. What would explain it: {', '.join(explanations(case, used))}.")
+
+
+def largest_tensor(case: Case) -> int | None:
+    """Bytes of the largest segment that the step of the run as described asks for; None outside a training step, and
+    in eager attention, which tells enough where the description has none."""
+    if case.model is None or case.run is None:
+        return None
+    eager = ("eager",) if case.run.levers.attention == "eager" else ()
+    if phase_of(case.evidence.frames) not in ("forward", "loss", "backward", *eager):
+        return None
+    return segment_bytes(max(row[5] for row in play(case.model, case.run, case.card).info))
 
 
 def explanations(case: Case, used: int) -> list[str]:

@@ -7,11 +7,13 @@ the described run itself, so that it is the first fix.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from . import architecture as arch
 from .causes import PROVEN, Finding, phase_of, telling
 from .loading import warmup_bytes
+from .room import Quick
 from .run_causes import same_size
 from .units import human
 
@@ -98,6 +100,46 @@ def inactive(case: Case) -> Iterator[Finding]:
             "Checkpointing is on in the description but inactive in the script: the traceback goes through a decoder "
             "layer and through no checkpoint. It works in training mode alone (model.train()), and "
             "has to be switched on by gradient_checkpointing_enable().",
+        )
+
+
+def inactive_by_size(case: Case) -> Iterator[Finding]:
+    """In the loss, float32 logits of just the described batch are asked for, and so much is held as all layers save."""
+    asked, model, run, held = case.evidence.requested_bytes, case.model, case.run, case.evidence.allocated_bytes
+    if not asked or model is None or run is None or held is None or not should_fit(case):
+        return
+    tokens = run.micro_batch_size * run.seq_len
+    if run.levers.checkpointing != "all" or not asked_for(case, 4 * tokens * model.vocab_size):
+        return
+    if phase_of(case.evidence.frames) != "loss":
+        return
+    bare = replace(run, levers=replace(run.levers, checkpointing="none"))
+    quick = Quick(model)
+    with_all, without = quick.tensor_bytes(run, case.card), quick.tensor_bytes(bare, case.card)
+    if held + asked > 1.03 * with_all and held + asked <= without:
+        yield Finding(
+            "checkpointing",
+            95,
+            f"Checkpointing is on in the description but inactive in the script: what is asked for are logits of the "
+            f"{tokens:,} tokens described, and {human(held + asked)} are held with them; {human(with_all)} are the "
+            f"most with every layer checkpointed, {human(without)} with none. It works in training mode alone "
+            "(model.train()), and has to be switched on by gradient_checkpointing_enable().",
+        )
+
+
+def float32_head(case: Case) -> Iterator[Finding]:
+    """The head copied to 16 bits by autocast, in a run in which it has 16 bits already."""
+    model, run, frames = case.model, case.run, case.evidence.frames
+    if model is None or run is None or run.levers.upcast == "all" or not frames or "linear.py" not in frames[-1]:
+        return
+    rows = run.micro_batch_size * run.seq_len
+    if rows != model.hidden_size and asked_for(case, 2 * model.vocab_size * model.hidden_size):
+        yield Finding(
+            "float32_base",
+            93,
+            f"The head is float32: the {human(case.evidence.requested_bytes or 0)} asked for are its copy in 16 bits, "
+            f"[{model.vocab_size:,} x {model.hidden_size:,}], which autocast makes of nothing else. Load the base with "
+            "dtype=torch.bfloat16.",
         )
 
 
@@ -188,5 +230,5 @@ def remedied(case: Case, key: str) -> str | None:
 
 
 SCRIPT_RULES: tuple[Callable[[Case], Iterator[Finding]], ...] = (
-    long_sample, inactive, loaded_otherwise, trainable_head, float32_compute,
+    long_sample, inactive, inactive_by_size, float32_head, loaded_otherwise, trainable_head, float32_compute,
 )  # fmt: skip

@@ -71,8 +71,9 @@ def _fill(
         if parameter.device.type != "meta":
             module.register_parameter(name, nn.Parameter(parameter.to(device), requires_grad=False))
             continue
-        value = _random(name, parameter, device, generator)
-        if isinstance(module, bnb.nn.Linear4bit) and name == "weight":
+        packs = isinstance(module, bnb.nn.Linear4bit) and name == "weight"
+        value = _random(name, parameter, device, generator, packs)
+        if packs:
             packed = bnb.nn.Params4bit(
                 value,
                 requires_grad=False,
@@ -88,10 +89,12 @@ def _fill(
         module._buffers[name] = buffer.to(device)
 
 
-def _random(name: str, like: Tensor, device: torch.device, generator: torch.Generator) -> Tensor:
+def _random(name: str, like: Tensor, device: torch.device, generator: torch.Generator, packs: bool) -> Tensor:
     shape, dtype = like.shape, torch.bfloat16
     if like.dim() < 2:  # norms and biases
         return torch.full(shape, 0.0 if "bias" in name else 1.0, dtype=dtype, device=device)
+    if not packs:  # embeddings and head stay as they are: a copy beside them could be the highest point of a small run
+        return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, STANDARD_DEVIATION, generator=generator)
     # Two temporaries rather than one filled in place: with these sizes freed, the packed weights of a native allocator
     # find blocks that it can split, and no unused tails count as allocated.
     return torch.randn(shape, dtype=dtype, device=device, generator=generator) * STANDARD_DEVIATION
