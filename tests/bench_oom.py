@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 import tempfile
 import time
 import warnings
@@ -133,6 +134,13 @@ def steps_for(run: RunSpec) -> RunSpec:
     return replace(run, schedule=replace(run.schedule, max_steps=2 if run.accumulation > 4 else 3))
 
 
+def placeless(text: str, root: Path) -> str:
+    """Without the folders of this machine: rows are kept where others read them."""
+    for folder in sorted({str(root), *sys.path, str(Path.cwd())} - {""}, key=len, reverse=True):
+        text = text.replace(f"{folder.rstrip('/')}/", "")
+    return text
+
+
 def told(found: Diagnosis | None) -> Row | None:
     if found is None:
         return None
@@ -232,7 +240,7 @@ class Bench:
                 row["passes"] = row["rerun"]["ended"] == "ok"
         row["wall_s"] = round(seconds + time.monotonic() - start, 2)
         with self.options.write.open("a") as file:
-            file.write(json.dumps(row | self.about) + "\n")
+            file.write(placeless(json.dumps(row | self.about), self.root) + "\n")
         key = row["diagnosis"]["cause_keys"][0] if row["diagnosis"] else "-"
         words = (f"{row['wall_s']:5.1f} s", f"{case.name:34}", row["ended"], key, "right" if row["right"] else "WRONG")
         print(*words, "|", row["applied"], "->", (row["rerun"] or {}).get("ended"), flush=True)

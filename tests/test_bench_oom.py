@@ -258,3 +258,10 @@ def test_rows_are_whole_and_are_not_played_again(tmp_path: Path, monkeypatch: py
     text = bench_oom.summary(rows)
     assert "all                    3      2 (67%)     2 (67%)" in text
     assert "not counted: logits/0" in text and f"wrong cause: {rows[0]['name']}" in text
+
+
+def test_rows_do_not_say_where_things_lie(tmp_path: Path) -> None:
+    import click
+
+    text = f'File "{click.__file__}", line 1\n--model {tmp_path}/tiny-2 --data FILE'
+    assert bench_oom.placeless(text, tmp_path) == 'File "click/__init__.py", line 1\n--model tiny-2 --data FILE'
