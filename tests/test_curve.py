@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vramplan.core import curve
+from vramplan.core.groups import group_of
 from vramplan.core.ledger import estimate
 from vramplan.core.recipes import RECIPES
 from vramplan.core.types import Ledger, Levers, Lora, RunSpec, Timeline
-from vramplan.report.rows import group_of
 from vramplan.sources.hf_config import load_model
 
 LEAN, PEFT = RECIPES["lean"], RECIPES["peft"]

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from vramplan.cli import run
 from vramplan.core.lock import Drift, lock_of
+from vramplan.core.rows import scale_for
 from vramplan.core.types import Levers, Lock
 from vramplan.core.units import GIB, MIB
 from vramplan.report.lock import columns, show_drift, show_lock
-from vramplan.report.rows import scale_for
 from vramplan.sources.records import read_json
 
 VERSIONS = (("vramplan", "0.1.0"), ("torch", "2.11.0"))

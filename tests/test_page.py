@@ -18,11 +18,11 @@ import pytest
 from test_pictures import RUNS, make_picture
 
 from vramplan.core import curve
+from vramplan.core.groups import group_of
 from vramplan.core.types import Timeline
 from vramplan.core.units import human
 from vramplan.report import page as page_module
 from vramplan.report.page import page, page_data
-from vramplan.report.rows import group_of
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 DRIVER = shutil.which("chromedriver")

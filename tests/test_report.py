@@ -36,9 +36,10 @@ from factories import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vramplan.core import rows
 from vramplan.core.types import Calibration, Levers, SpeedFactors
 from vramplan.core.units import GIB, MIB
-from vramplan.report import payload, rows, tables
+from vramplan.report import payload, tables
 from vramplan.report.audit import show_audit
 from vramplan.report.calibrate import LiveBar, PlainBar, make_bar, show_calibration
 from vramplan.report.compare import compare

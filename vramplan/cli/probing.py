@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +13,10 @@ from vramplan.cli import build, error_line, runner
 from vramplan.core.types import GpuProfile, Plan
 from vramplan.core.units import human
 from vramplan.errors import InputError, VramplanError
+
+if TYPE_CHECKING:
+    from vramplan.launch.probing import Place
+    from vramplan.launch.tenants import Say
 
 WITHOUT = "without --probe the plan is the same, unverified"
 
@@ -64,18 +69,8 @@ class Prober:
             click.echo(error_line(f"nothing was verified: {self.failure.message}", self.failure.hint), err=True)
 
     def _open(self) -> None:
-        from vramplan.launch.tenants import wait_until_quiet
-        from vramplan.sources.gpu import Nvml
-
-        try:
-            nvml = self.stack.enter_context(Nvml())
-            nvml.gpu(self.index)
-        except VramplanError as error:
-            raise InputError(f"there is no CUDA GPU to probe on: {error.message}", WITHOUT) from error
-        self.nvml = nvml
-        runner.require_extra("vramplan fit --probe")
-        wait_until_quiet(nvml, self.index, build.note)
-        self.here = nvml.gpu(self.index)
+        self.nvml = open_nvml(self.stack, self.index, "to probe on", WITHOUT)
+        self.here = card_at_rest(self.nvml, self.index, "vramplan fit --probe")
 
     def _check_room(self, plan: Plan) -> None:
         """A plan for another card is tried in as much memory as that one has."""
@@ -86,19 +81,51 @@ class Prober:
             raise InputError(text, WITHOUT)
 
     def _verify(self, plan: Plan) -> tuple[Plan, VramplanError | None]:
-        from vramplan.launch.probing import Place
         from vramplan.launch.verifying import verify
-        from vramplan.report.live import make_display
 
         assert self.here is not None
-        with make_display(sys.stderr, plan.ledger.peak.allocated_bytes, width=self.params["width"]) as display:
-
-            def say(text: str) -> None:
-                display.on_event({"event": "phase", "name": "probe", "message": text})
-
-            place = Place(card=self.here, nvml=self.nvml, index=self.index, on_event=display.on_event, log=show_log)
-            return verify(plan, place, say, capped=self.named, shorten=self.params["objective"] == "context")
+        with played_at(self.here, self.nvml, self.index, plan.ledger.peak.allocated_bytes, self.params["width"]) as at:
+            return verify(plan, *at, capped=self.named, shorten=self.params["objective"] == "context")
 
 
-def show_log(text: str) -> None:
+# ------------------------------------------------------------------------------ what `diagnose --verify` does too
+def open_nvml(stack: ExitStack, index: int, what_for: str, without: str) -> Any:
+    """A session with the driver, as long as `stack` is open. InputError, with `without` as its hint, without a card."""
+    from vramplan.sources.gpu import Nvml
+
+    try:
+        nvml = stack.enter_context(Nvml())
+        nvml.gpu(index)
+    except VramplanError as error:
+        raise InputError(f"there is no CUDA GPU {what_for}: {error.message}", without) from error
+    return nvml
+
+
+def card_at_rest(nvml: Any, index: int, command: str) -> GpuProfile:
+    """The card when nobody works on it any more; `command` needs the libraries of training."""
+    from vramplan.launch.tenants import wait_until_quiet
+
+    runner.require_extra(command)
+    wait_until_quiet(nvml, index, build.note)
+    card: GpuProfile = nvml.gpu(index)
+    return card
+
+
+@contextmanager
+def played_at(
+    card: GpuProfile, nvml: Any, index: int, planned_bytes: int, width: int | None
+) -> Iterator[tuple[Place, Say]]:
+    """Where children play, and who tells of it, on a display that is there meanwhile."""
+    from vramplan.launch.probing import Place
+    from vramplan.report.live import make_display
+
+    with make_display(sys.stderr, planned_bytes, width=width) as display:
+
+        def say(text: str) -> None:
+            display.on_event({"event": "phase", "name": "probe", "message": text})
+
+        yield Place(card=card, nvml=nvml, index=index, on_event=display.on_event, log=_show_log), say
+
+
+def _show_log(text: str) -> None:
     click.echo(text, err=True)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack
 
 import click
 
-from vramplan.cli import build, error_line, runner
-from vramplan.cli.probing import show_log
+from vramplan.cli import error_line
+from vramplan.cli.probing import card_at_rest, open_nvml, played_at
 from vramplan.core.types import Diagnosis
-from vramplan.errors import InputError, VramplanError
+from vramplan.errors import VramplanError
 
 WITHOUT = "without --verify the diagnosis is the same, untried"
 
@@ -34,24 +33,11 @@ class Trial:
             click.echo(error_line(f"nothing was verified: {self.failure.message}", self.failure.hint), err=True)
 
     def _tried(self, diagnosis: Diagnosis) -> Diagnosis:
-        from vramplan.launch.probing import Place
-        from vramplan.launch.tenants import wait_until_quiet
         from vramplan.launch.trying import try_fixes
-        from vramplan.report.live import make_display
-        from vramplan.sources.gpu import Nvml
 
         with ExitStack() as stack:
-            try:
-                nvml = stack.enter_context(Nvml())
-            except VramplanError as error:
-                raise InputError(f"there is no CUDA GPU to try fixes on: {error.message}", WITHOUT) from error
-            runner.require_extra("vramplan diagnose --verify")
-            wait_until_quiet(nvml, 0, build.note)
-            display = stack.enter_context(make_display(sys.stderr, diagnosis.predicted_bytes or 0, width=self.width))
-
-            def say(text: str) -> None:
-                display.on_event({"event": "phase", "name": "probe", "message": text})
-
+            nvml = open_nvml(stack, 0, "to try fixes on", WITHOUT)
+            card = card_at_rest(nvml, 0, "vramplan diagnose --verify")
             return try_fixes(
-                diagnosis, Place(card=nvml.gpu(0), nvml=nvml, on_event=display.on_event, log=show_log), say
+                diagnosis, *stack.enter_context(played_at(card, nvml, 0, diagnosis.predicted_bytes or 0, self.width))
             )

@@ -29,3 +29,10 @@ class Case:
     others_bytes: int = 0
     budget_bytes: int | None = None
     holdings: Holdings | None = None
+
+    @property
+    def should_fit(self) -> bool:
+        """Whether the run as described fits what is there."""
+        if self.ledger is None or self.budget_bytes is None or self.evidence.kind in NOT_THE_CARD:
+            return False
+        return self.ledger.peak.device_bytes <= self.budget_bytes

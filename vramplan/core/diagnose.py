@@ -10,7 +10,7 @@ from .case import NOT_THE_CARD, Case
 from .causes import TEXT_RULES, Finding, full
 from .inverse import NOTHING, Known
 from .other_causes import OTHER_RULES
-from .types import Diagnosis, Fix, GpuProfile, Holdings, ModelSpec, OomEvidence, RunSpec
+from .types import Diagnosis, Fix, GpuProfile, Holdings, Ledger, ModelSpec, OomEvidence, RunSpec
 from .units import GIB, MIB, human
 
 OWN_EXTRA_BYTES = 3 * GIB  # context and libraries: what a process may hold beside PyTorch's memory
@@ -96,10 +96,7 @@ def _alone(case: Case) -> tuple[Fix, ...]:
     need = ledger.peak.device_bytes
     if not case.budget_bytes < need <= case.budget_bytes + case.others_bytes:
         return ()
-    from .fixes import command
-
-    title = f"the same run, with the {human(case.others_bytes)} of others freed"
-    return (Fix(title=title, run=ledger.run, device_bytes=need, saves_bytes=0, fits=True, command=command(ledger.run)),)
+    return _same_run(ledger, f"the same run, with the {human(case.others_bytes)} of others freed")
 
 
 def _as_described(case: Case, key: str) -> tuple[Fix, ...]:
@@ -107,8 +104,11 @@ def _as_described(case: Case, key: str) -> tuple[Fix, ...]:
     from .script_causes import remedied
 
     ledger, title = case.ledger, remedied(case, key)
-    if ledger is None or title is None:
-        return ()
+    return () if ledger is None or title is None else _same_run(ledger, title)
+
+
+def _same_run(ledger: Ledger, title: str) -> tuple[Fix, ...]:
+    """A fix that changes nothing of the run."""
     from .fixes import command
 
     need = ledger.peak.device_bytes

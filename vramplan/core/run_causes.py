@@ -129,13 +129,12 @@ def one_sequence(case: Case) -> Iterator[Finding]:
 
 def against_prediction(case: Case) -> Iterator[Finding]:
     """Where the run should have fitted: something is not as described."""
-    if case.ledger is None or case.budget_bytes is None or case.run is None or case.model is None:
+    ledger, budget = case.ledger, case.budget_bytes
+    if not case.should_fit or ledger is None or budget is None or case.run is None or case.model is None:
         return
-    peak = case.ledger.peak
-    if case.evidence.kind in NOT_THE_CARD or peak.device_bytes > case.budget_bytes:
-        return
+    peak = ledger.peak
     used = (case.evidence.allocated_bytes or 0) + (case.evidence.requested_bytes or 0)
-    fits = f"As described, the run needs {human(peak.device_bytes)} and fits {human(case.budget_bytes)}"
+    fits = f"As described, the run needs {human(peak.device_bytes)} and fits {human(budget)}"
     if used <= 1.03 * peak.allocated_bytes:
         yield Finding("prediction", 25, f"{fits}: if nothing else was on the card, the prediction is wrong; please "
                       "report it with this log and the run.")  # fmt: skip

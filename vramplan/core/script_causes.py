@@ -24,6 +24,10 @@ TOLD = 0.006  # by how much a size with two digits can be off
 LONGER = 1.05  # than described, to be called long
 SYMPTOM = 60  # the most that a lever scores which the described run pulls and yet fits
 
+ACTIVE = (
+    "It works in training mode alone (model.train()), and has to be switched on by gradient_checkpointing_enable()."
+)
+
 # cause -> what makes the script the described run
 REMEDIES = {
     "long_sample": "rows cut to {tokens:,} tokens",
@@ -37,17 +41,10 @@ REMEDIES = {
 }
 
 
-def should_fit(case: Case) -> bool:
-    """Whether the run as described fits what is there."""
-    if case.ledger is None or case.budget_bytes is None or case.evidence.kind == "host":
-        return False
-    return case.ledger.peak.device_bytes <= case.budget_bytes
-
-
 def symptoms(case: Case, findings: list[Finding]) -> list[Finding]:
     """Levers that the described run pulls are no cause where it fits and more was held than it takes."""
     run = case.run
-    if run is None or not should_fit(case) or not any(f.key == "not_as_described" for f in findings):
+    if run is None or not case.should_fit or not any(f.key == "not_as_described" for f in findings):
         return findings
     levers = run.levers
     pulled = {
@@ -71,7 +68,7 @@ def asked_for(case: Case, size: int) -> bool:
 def long_sample(case: Case) -> Iterator[Finding]:
     """In the loss, what is asked for is float32 logits: their number tells how many tokens the batch has."""
     asked, model, run = case.evidence.requested_bytes, case.model, case.run
-    if not asked or not telling(asked) or model is None or run is None or not should_fit(case):
+    if not asked or not telling(asked) or model is None or run is None or not case.should_fit:
         return
     if phase_of(case.evidence.frames) != "loss":
         return
@@ -98,15 +95,14 @@ def inactive(case: Case) -> Iterator[Finding]:
             "checkpointing",
             95,
             "Checkpointing is on in the description but inactive in the script: the traceback goes through a decoder "
-            "layer and through no checkpoint. It works in training mode alone (model.train()), and "
-            "has to be switched on by gradient_checkpointing_enable().",
+            f"layer and through no checkpoint. {ACTIVE}",
         )
 
 
 def inactive_by_size(case: Case) -> Iterator[Finding]:
     """In the loss, float32 logits of just the described batch are asked for, and so much is held as all layers save."""
     asked, model, run, held = case.evidence.requested_bytes, case.model, case.run, case.evidence.allocated_bytes
-    if not asked or model is None or run is None or held is None or not should_fit(case):
+    if not asked or model is None or run is None or held is None or not case.should_fit:
         return
     tokens = run.micro_batch_size * run.seq_len
     if run.levers.checkpointing != "all" or not asked_for(case, 4 * tokens * model.vocab_size):
@@ -122,8 +118,7 @@ def inactive_by_size(case: Case) -> Iterator[Finding]:
             95,
             f"Checkpointing is on in the description but inactive in the script: what is asked for are logits of the "
             f"{tokens:,} tokens described, and {human(held + asked)} are held with them; {human(with_all)} are the "
-            f"most with every layer checkpointed, {human(without)} with none. It works in training mode alone "
-            "(model.train()), and has to be switched on by gradient_checkpointing_enable().",
+            f"most with every layer checkpointed, {human(without)} with none. {ACTIVE}",
         )
 
 
@@ -222,7 +217,7 @@ def float32_compute(case: Case) -> Iterator[Finding]:
 
 def remedied(case: Case, key: str) -> str | None:
     """What to do to the script so that it is the run described; None: that run does not fit, or it is another cause."""
-    if case.run is None or key not in REMEDIES or not should_fit(case):
+    if case.run is None or key not in REMEDIES or not case.should_fit:
         return None
     if key == "checkpointing" and case.run.levers.checkpointing != "all":
         return None

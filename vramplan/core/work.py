@@ -1,4 +1,5 @@
-"""What one micro-step gives a card to do: products, attention, bytes moved, kernels started. Counted, not measured.
+"""What one micro-step gives a card to do: products, attention, bytes moved, kernels started. Counted, not measured,
+but for `OUTPUT_BYTES`.
 
 Checked against the kernels of eight steps of three models on one card (docs/decisions/0007-fit.md).
 """

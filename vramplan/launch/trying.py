@@ -17,8 +17,9 @@ MOST_TRIES = 3
 def try_fixes(diagnosis: Diagnosis, place: Place, say: Say) -> Diagnosis:
     """The diagnosis with what became of its fixes; the one that ran comes first, those that did not come last.
 
-    Each is played for a few steps with random weights in a child, which PyTorch holds to what there was for the run
-    that failed. Raises VramplanError where nothing can be said: no fix that fits, a card too small, others at work.
+    The card is at rest when this is called. Each fix is played for a few steps with random weights in a child, which
+    PyTorch holds to what there was for the run that failed. Raises VramplanError where nothing can be said: no fix that
+    fits, a card too small, others at work.
     """
     able = [fix for fix in diagnosis.fixes if fix.fits]
     if not able:
@@ -27,6 +28,8 @@ def try_fixes(diagnosis: Diagnosis, place: Place, say: Say) -> Diagnosis:
         )
     failed: list[Fix] = []
     for number, fix in enumerate(able[:MOST_TRIES], 1):
+        if failed:
+            wait_until_quiet(place.nvml, place.index, say)
         found = _tried(fix, diagnosis, place, say)
         left = tuple(other for other in diagnosis.fixes if other not in able[:number])
         if found.tried == "finished":
@@ -50,7 +53,6 @@ def _tried(fix: Fix, diagnosis: Diagnosis, place: Place, say: Say) -> Fix:
         raise InputError(
             f"{place.card.name} has {human(free)} free, too little to try a fix in", "free it, or leave out --verify"
         )
-    wait_until_quiet(place.nvml, place.index, say)
     say(f"trying: {fix.title}")
     played = play(probe_run(fix.run), place, cap_bytes=cap)
     if played.disturbances:

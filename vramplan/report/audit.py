@@ -7,10 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vramplan.core.rows import Scale, apportion, scale_for
 from vramplan.core.units import human
 from vramplan.report import tables
 from vramplan.report.fields import objects, one_line, whole
-from vramplan.report.rows import Scale, apportion, scale_for
 
 Event = dict[str, Any]
 

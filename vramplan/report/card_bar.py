@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from vramplan.core.occupancy import shares
+from vramplan.core.rows import Scale, apportion, scale_for
 from vramplan.core.types import CardCheck, GpuProcess, GpuProfile
 from vramplan.report import tables
-from vramplan.report.rows import Scale, apportion, scale_for
 
 MOST_CELLS = 120
 SHOWN_PROCESSES = 8

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vramplan.core.rows import LINE, SUBTOTAL, TOTAL, Row, Scale, ledger_rows
 from vramplan.core.types import GpuVerdict, Ledger, ModelSpec, Offer, RunSpec
 from vramplan.core.units import human
 from vramplan.report import tables
 from vramplan.report.fields import one_line
-from vramplan.report.rows import LINE, SUBTOTAL, TOTAL, Row, Scale, ledger_rows
 
 VERDICT_STARTS = {"fits": "Fits", "tight": "Tight on", "does_not_fit": "Does not fit"}
 

@@ -9,11 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from vramplan.core.lock import Drift
+from vramplan.core.rows import Scale, apportion, scale_for
 from vramplan.core.types import Lock
 from vramplan.core.units import human
 from vramplan.report import tables
 from vramplan.report.fields import one_line
-from vramplan.report.rows import Scale, apportion, scale_for
 
 
 def show_lock(stream: TextIO, made: Lock, path: str, *, width: int | None = None) -> None:

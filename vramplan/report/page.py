@@ -18,13 +18,13 @@ from typing import Any
 
 import vramplan
 from vramplan.core import curve
+from vramplan.core.groups import group_of
 from vramplan.core.types import Ledger, Timeline
 from vramplan.core.units import human
 from vramplan.report import picture as shared
 from vramplan.report.estimate import headline, run_line
 from vramplan.report.fields import one_line
 from vramplan.report.picture import Picture
-from vramplan.report.rows import group_of
 from vramplan.report.tables import VERDICT_WORDS, percent
 
 # NOTICE: static/uPlot.* are uPlot 1.6.32 from npm, unchanged, (c) 2022 Leon Sorokin, MIT (static/uPlot.LICENSE, which

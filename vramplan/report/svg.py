@@ -5,12 +5,12 @@ from __future__ import annotations
 from html import escape
 
 from vramplan.core import curve
+from vramplan.core.rows import scale_for
 from vramplan.core.types import GpuVerdict
 from vramplan.report import picture as shared
 from vramplan.report.estimate import run_line
 from vramplan.report.fields import one_line
 from vramplan.report.picture import Picture
-from vramplan.report.rows import scale_for
 from vramplan.report.tables import VERDICT_STYLES
 
 WIDTH, HEIGHT = 960, 448

@@ -10,11 +10,11 @@ from rich.text import Text
 
 from vramplan.core import curve
 from vramplan.core.curve import Levels, Stretch
+from vramplan.core.rows import Scale, scale_for
 from vramplan.core.types import GpuVerdict
 from vramplan.report import picture as shared
 from vramplan.report import tables
 from vramplan.report.picture import Picture
-from vramplan.report.rows import Scale, scale_for
 
 CELLS = {  # group -> its cell, its cell where the output is ASCII: told apart without colour
     "weights": ("█", "W"),

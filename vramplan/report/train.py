@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vramplan.core.rows import Scale, scale_for
 from vramplan.core.types import Ledger, Measurement
 from vramplan.core.units import human
 from vramplan.report import tables
 from vramplan.report.compare import Pair, compare
-from vramplan.report.rows import Scale, scale_for
 from vramplan.report.survival import survived
 
 
